@@ -1,0 +1,226 @@
+// Vectors of the instruction set that this file is compiled for: arithmetic, exp and tanh, and the register-tiled
+// product. GCC's and Clang's vector types, no intrinsics. Everything is local to the file that includes it
+// (anonymous namespace, nothing of the standard library), so that code built for one instruction set can never be
+// linked into another's.
+#pragma once
+
+#include <cstdint>
+
+#include "cells.h"
+
+namespace sire_fast {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kTileVectors = 4;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kTileVectors = 4;
+#else
+constexpr int kVectorBytes = 16, kTileVectors = 2;
+#endif
+// kTileRows * kTileVectors accumulators, the vectors of one row of weights and a broadcast fill the registers
+constexpr int kTileRows = 6;
+
+template <class T>
+struct Vector;
+
+template <>
+struct Vector<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
+  static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float lowest = -87.f, highest = 88.f;  // exp neither overflows nor becomes denormal
+  static constexpr float saturated = 9.1f;                // tanh is 1 to rounding
+  static constexpr int terms = 7;                         // r^8 / 8! < eps / 4 for |r| <= ln(2) / 2
+};
+
+template <>
+struct Vector<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double round = 6755399441055744.;  // 1.5 * 2^52
+  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double lowest = -708., highest = 709.;
+  static constexpr double saturated = 19.1;
+  static constexpr int terms = 13;
+};
+
+template <class T>
+constexpr T inverse_factorial(int n) {
+  return n < 2 ? T(1) : inverse_factorial<T>(n - 1) / T(n);
+}
+
+// What cells.h computes with.
+template <class T>
+struct Math : Vector<T> {
+  using typename Vector<T>::V;
+  using typename Vector<T>::I;
+  static constexpr int width = kVectorBytes / sizeof(T);
+
+  static SIRE_FN V splat(T x) { return x - V{}; }
+
+  static SIRE_FN V load(const T* p) {
+    V v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+
+  static SIRE_FN void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+
+  static SIRE_FN V load(const T* p, int n) {
+    V v{};
+    for (int l = 0; l < n; ++l) v[l] = p[l];
+    return v;
+  }
+
+  static SIRE_FN void store(T* p, V v, int n) {
+    for (int l = 0; l < n; ++l) p[l] = v[l];
+  }
+
+  // x = power * ln 2 + r, |r| <= ln(2) / 2: returns 2^power and, in less, exp(r) - 1
+  static SIRE_FN V split_exp(V x, V& less) {
+    const V shifted = x * T(1.4426950408889634) + Vector<T>::round;
+    const V power = shifted - Vector<T>::round;
+    const V r = (x - power * Vector<T>::ln2_high) - power * Vector<T>::ln2_low;
+    V series = splat(inverse_factorial<T>(Vector<T>::terms));
+#pragma GCC unroll 16
+    for (int n = Vector<T>::terms - 1; n >= 2; --n) series = series * r + inverse_factorial<T>(n);
+    less = r * r * series + r;
+    // the whole number sits in the low bits of `shifted`: moved up, and the bias added, it is the exponent
+    const I bits = ((I)shifted << Vector<T>::mantissa) + ((I)splat(T(1)));
+    return (V)bits;
+  }
+
+  // comparisons are written so that a NaN passes through
+  static SIRE_FN V clamp(V x, T low, T high) {
+    x = x < low ? splat(low) : x;
+    return x > high ? splat(high) : x;
+  }
+
+  static SIRE_FN V sigmoid(V x) {
+    V less;
+    const V scale = split_exp(clamp(-x, Vector<T>::lowest, Vector<T>::highest), less);
+    return 1 / (1 + (scale * less + scale));
+  }
+
+  // (e - 1) / (e + 1) with e = exp(2 x), from e - 1 and not from e: exact to rounding near 0 too
+  static SIRE_FN V tanh(V x) {
+    V less;
+    const V scale = split_exp(2 * clamp(x, -Vector<T>::saturated, Vector<T>::saturated), less);
+    const V e_minus_1 = scale * less + (scale - 1);
+    return e_minus_1 / (e_minus_1 + 2);
+  }
+
+  static SIRE_FN V relu(V x) { return x < 0 ? V{} : x; }
+  static SIRE_FN V positive(V condition, V value) { return condition <= 0 ? V{} : value; }
+
+  static SIRE_FN T sum(V v) {
+    T total = 0;
+    for (int l = 0; l < width; ++l) total += v[l];
+    return total;
+  }
+};
+
+// The right-hand matrix of a product, as rows of vectors: `vector_step` from one vector of a row to the next,
+// `row_step` from one row to the next (0: packed by pack(), tile by tile).
+template <class T>
+struct Columns {
+  const T* p;
+  int64_t vector_step, row_step;
+};
+
+// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns.
+template <class T, int R, int N>
+void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step, const T* const* init,
+          T* const* out, int64_t column) {
+  using M = Math<T>;
+  using V = typename M::V;
+  V sum[R][N];
+  const T* rows[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+    rows[r] = a[r];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[r][n] = M::load(init[r] + column + n * M::width);
+  }
+  for (int64_t k = 0, at = 0; k < K; ++k, at += a_step, w += row_step) {
+    V column_vectors[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) column_vectors[n] = M::load(w + n * M::width);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const V x = M::splat(rows[r][at]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[r][n] += x * column_vectors[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) M::store(out[r] + column + n * M::width, sum[r][n]);
+}
+
+template <class T, int R>
+void tile_of(int vectors, int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step,
+             const T* const* init, T* const* out, int64_t column) {
+  switch (vectors) {
+    case 1: return tile<T, R, 1>(K, a, a_step, w, row_step, init, out, column);
+    case 2: return tile<T, R, 2>(K, a, a_step, w, row_step, init, out, column);
+#if defined(__AVX512F__) || defined(__aarch64__)
+    case 3: return tile<T, R, 3>(K, a, a_step, w, row_step, init, out, column);
+    case 4: return tile<T, R, 4>(K, a, a_step, w, row_step, init, out, column);
+#endif
+  }
+}
+
+// The same for up to kTileRows rows and all `vectors` of their columns.
+template <class T>
+void panel(int rows, int64_t vectors, int64_t K, const T* const* a, int64_t a_step, const Columns<T>& w,
+           const T* const* init, T* const* out) {
+  constexpr int width = Math<T>::width;
+  for (int64_t v = 0; v < vectors; v += kTileVectors) {
+    const int n = vectors - v < kTileVectors ? int(vectors - v) : kTileVectors;
+    const T* p = w.p + v * w.vector_step;
+    const int64_t step = w.row_step ? w.row_step : n * width;
+    switch (rows) {
+      case 1: tile_of<T, 1>(n, K, a, a_step, p, step, init, out, v * width); break;
+      case 2: tile_of<T, 2>(n, K, a, a_step, p, step, init, out, v * width); break;
+      case 3: tile_of<T, 3>(n, K, a, a_step, p, step, init, out, v * width); break;
+      case 4: tile_of<T, 4>(n, K, a, a_step, p, step, init, out, v * width); break;
+      case 5: tile_of<T, 5>(n, K, a, a_step, p, step, init, out, v * width); break;
+      case 6: tile_of<T, 6>(n, K, a, a_step, p, step, init, out, v * width); break;
+    }
+  }
+}
+
+// Calls body(first, count) for panels of at most kTileRows out of n rows, as equal as they can be: a panel of one
+// row costs almost as much as one of six.
+template <class F>
+void each_panel(int64_t n, F body) {
+  const int64_t panels = (n + kTileRows - 1) / kTileRows;
+  for (int64_t p = 0; p < panels; ++p) {
+    const int64_t first = n * p / panels;
+    body(first, int(n * (p + 1) / panels - first));
+  }
+}
+
+// Reorders a K x N matrix, element (k, n) at from[k * k_step + n * n_step], into the tiles that panel() reads.
+template <class T>
+void pack(const T* from, int64_t k_step, int64_t n_step, int64_t K, int64_t N, T* to) {
+  constexpr int width = Math<T>::width, tile_columns = kTileVectors * width;
+  const int64_t padded = (N + width - 1) / width * width;
+  for (int64_t first = 0; first < padded; first += tile_columns) {
+    const int64_t columns = padded - first < tile_columns ? padded - first : tile_columns;
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t c = 0; c < columns; ++c)
+        *to++ = first + c < N ? from[k * k_step + (first + c) * n_step] : T(0);
+  }
+}
+
+}  // namespace
+}  // namespace sire_fast

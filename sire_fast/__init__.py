@@ -1,0 +1,34 @@
+"""Fused training of recurrent networks that do not care about the order of their input (SIRE).
+
+    model = sire_fast.convert(model, swaps=sire_fast.swaps.Adjacent(8))
+    loss = task_loss(model(x), y) + weight * sire_fast.penalty(model)
+"""
+
+import warnings
+
+from sire_fast import backends, cells, cpu, functional, modules, reference, swaps
+from sire_fast.modules import GRU, LSTM, RNN, convert
+from sire_fast.penalties import penalty, swap_penalty
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "backends",
+    "cells",
+    "convert",
+    "functional",
+    "modules",
+    "penalty",
+    "reference",
+    "swap_penalty",
+    "swaps",
+]
+
+if cpu.MISSING:
+    warnings.warn(
+        f"sire_fast runs without its compiled kernels, slowly: {cpu.MISSING} (sire-fast doctor tells more)",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,72 @@
+"""The recurrent pass with its swapped variants, as a function of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sire_fast import backends, ops, reference
+from sire_fast.reference import SwapRNN
+
+
+def swap_rnn(
+    cell: str,
+    x_proj: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None = None,
+    *,
+    swaps: Tensor,
+    ends: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> SwapRNN:
+    """Run a recurrent layer over sequences and over variants of them in which two positions are exchanged.
+
+    Variant k of sequence b is the sequence with positions i and j exchanged, (i, j) = swaps[b, k], followed until
+    step ends[b, k]. Its penalty is the squared distance of the two states there, with a gradient into both,
+
+        penalty[b, k] = || h_variant(end) - h(end) ||^2.
+
+    Args:
+        cell: "rnn_tanh", "rnn_relu", "gru" or "lstm"; G = 1, 1, 3, 4 gates in the order of torch.nn.
+        x_proj: input halves of the gates, x @ w_ih.T + b_ih, (T, B, G*H).
+        w_hh: recurrent weights, (G*H, H).
+        b_hh: recurrent biases, (G*H), or None for zeros.
+        h0: initial h, (B, H).
+        c0: initial c, (B, H), for an LSTM; None for the others.
+        swaps: positions (i, j), 0 <= i <= j, (B, K, 2) int64; K may be 0. i == j exchanges nothing.
+        ends: last step of every variant, j <= end < length, (B, K) int64; the last of the sequence if None.
+        lengths: length of every sequence, 1 <= length <= T, (B) int64; T if None.
+        backend: "auto" for the fastest that serves the call, or a key of sire_fast.backends.BACKENDS, which is then
+            used or refused, never replaced.
+
+    Returns:
+        SwapRNN(output, h_n, c_n, variants, penalty, cells, variant_cells). All are differentiable in x_proj, w_hh,
+        b_hh, h0 and c0, once ("reference": any number of times).
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype, device or value. Positions on another device than the CPU
+            are not looked at, so that the host need not wait; they are the caller's responsibility.
+        NotImplementedError: the named backend cannot serve the call; the message says why.
+
+    Dtypes: float32 and float64 on "cpu"; whatever torch computes in on "reference".
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)          # relu(x + h) of positive inputs is their sum,
+        >>> one, h0 = torch.ones(1, 1), torch.zeros(1, 1)
+        >>> swap_rnn("rnn_relu", x, one, None, h0, swaps=torch.tensor([[[0, 2]]])).penalty.item()   # in any order
+        0.0
+
+    Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in
+        Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
+    """
+    reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    name = backends.choose(
+        backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1]
+    )
+    if name == "reference":
+        return reference.swap_rnn(cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths)
+    ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
+    return ops.swap_rnn(cell, name, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)

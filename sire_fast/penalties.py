@@ -1,0 +1,152 @@
+"""The swap penalty: of a model's layers, and of any function of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sire_fast.modules import Pass, _SwapLayer
+from sire_fast.reference import check_positions, with_variants
+from sire_fast.swaps import Sampler
+
+
+def penalty(
+    model: nn.Module, through: Callable[[Tensor], Tensor] | None = None, state: str = "output"
+) -> Tensor:
+    """The swap penalty of a model's last forward.
+
+    It is the mean over sequences and variants of the squared distance between what a layer computes for a sequence
+    and for its variant, summed over the layer's units, and over the layers of the model.
+
+    Args:
+        model: a module that holds sire_fast layers, or is one.
+        through: compare through(h) in place of h, for a model with one such layer. It receives (n, D) and returns
+            (n, ...). Where it draws random numbers (dropout), a sequence and all its variants get the same ones.
+        state: "output" compares h; "all" adds the squared distance of c, which LSTMs have.
+
+    Returns:
+        A scalar, differentiable. 0 if the model is in evaluation mode, in which no variants are run.
+
+    Raises:
+        ValueError: the model has no sire_fast layer, has several and `through` is given, or `state` is unknown.
+        RuntimeError: no forward has been run in training mode, or no layer has swaps.
+        NotImplementedError: c is to be compared where torch does not tell it: after a swap inside an LSTM that is
+            not fused.
+
+    Example:
+        >>> import sire_fast
+        >>> layer, head = sire_fast.GRU(3, 5, swaps=sire_fast.swaps.Uniform(2), compare="end"), nn.Linear(5, 1)
+        >>> output, _ = layer(torch.randn(7, 4, 3))
+        >>> loss = head(output[-1]).square().mean() + 0.1 * penalty(layer, through=head)
+    """
+    layers = [module for module in model.modules() if isinstance(module, _SwapLayer)]
+    if not layers:
+        raise ValueError("model: expected a sire_fast layer in it, found none (see sire_fast.convert)")
+    if state not in ("output", "all"):
+        raise ValueError(f"state: expected output or all, got {state!r}")
+    if through is not None and len(layers) > 1:
+        raise ValueError(f"through: expected a model with one sire_fast layer, got one with {len(layers)}")
+    passes = [(layer, layer._last) for layer in layers if layer._last is not None]
+    if not passes:
+        if not any(layer.training for layer in layers):
+            return layers[0].weight_hh_l0.new_zeros(())
+        if all(layer.swaps is None for layer in layers):
+            raise RuntimeError("penalty: no layer has swaps; see sire_fast.convert(model, swaps=...)")
+        raise RuntimeError("penalty: run a forward in training mode first")
+    return torch.stack([_layer_penalty(layer, run, through, state) for layer, run in passes]).sum()
+
+
+def _layer_penalty(
+    layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Tensor] | None, state: str
+) -> Tensor:
+    row = torch.arange(run.at.shape[0], device=run.at.device)[:, None]
+    each, count = run.penalty, run.penalty.numel()
+    if through is not None and count:
+        base, variants = run.output[run.at, row].unbind(1), run.variants.unbind(1)
+        compared = _alike(through, [*base, *variants])
+        each = _distances(compared[: len(base)], compared[len(base) :])
+    if state == "all" and layer.mode == "LSTM":
+        if run.cells is None or run.variant_cells is None:
+            raise NotImplementedError(
+                'state: "all" with compare="swap" needs c at every step, which this layer does not have: '
+                + "; ".join(layer.why_not_fused())
+            )
+        each = each + (run.variant_cells - run.cells[run.at, row]).square().sum(-1)
+    return each.sum() / max(count, 1)
+
+
+def swap_penalty(
+    fn: Callable[[Tensor], Tensor],
+    x: Tensor,
+    swaps: Sampler | Tensor,
+    *,
+    lengths: Tensor | None = None,
+    batch_first: bool = False,
+) -> Tensor:
+    """The swap penalty of any module or function of a sequence, without a kernel: fn runs on every variant whole.
+
+    Args:
+        fn: from sequences, in the layout of x, to what is compared, (B, ...). It must treat sequences independently
+            of each other: the variants come as further sequences of a larger batch. Where it draws random numbers
+            (dropout), a sequence and all its variants get the same ones.
+        x: sequences, (T, B, ...), or (B, T, ...) with batch_first.
+        swaps: a sampler (sire_fast.swaps), or the pairs themselves, (B, K, 2) int64.
+        lengths: length of every sequence, (B) int64; swaps then stay inside. fn has to know them itself.
+        batch_first: x has the batch in front.
+
+    Returns:
+        Mean over sequences and variants of the squared distance between fn of a sequence and of its variant, summed
+        over all that fn returns for it; a scalar.
+
+    Raises:
+        ValueError: swaps outside a sequence, or fn returns something else than (B, ...).
+
+    Example:
+        >>> from sire_fast import swaps
+        >>> swap_penalty(lambda x: x.sum(0), torch.ones(7, 4, 3), swaps.Uniform(2)).item()
+        0.0
+    """
+    sequences = x.transpose(0, 1) if batch_first else x
+    steps, batch = sequences.shape[:2]
+    if isinstance(swaps, Tensor):
+        pairs = swaps
+    else:
+        pairs = swaps(steps if lengths is None else lengths, batch, None, x.device)
+    if pairs.shape != (batch, pairs.shape[1], 2) or pairs.dtype != torch.int64:
+        raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
+    limits = torch.full((batch,), steps, device=x.device) if lengths is None else lengths
+    check_positions(steps, pairs, (limits - 1)[:, None].expand(pairs.shape[:2]), limits)
+    rows = with_variants(sequences, pairs).unbind(2)  # 1 + K of (T, B, ...)
+    base, *variants = _alike(fn, [r.transpose(0, 1) if batch_first else r for r in rows], 0 if batch_first else 1)
+    if base.dim() == 0 or base.shape[0] != batch:
+        raise ValueError(f"fn: expected a result of shape ({batch}, ...), got {tuple(base.shape)}")
+    if not variants:
+        return base.new_zeros(())
+    return _distances([base] * len(variants), variants).mean()
+
+
+def _distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Squared distances of K pairs of (B, ...), as (B, K)."""
+    return (torch.stack(b, 1) - torch.stack(a, 1)).flatten(2).square().sum(-1)
+
+
+def _alike(fn: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    """fn of each of several inputs of one shape, all with the same random numbers; in one call for all but the
+    first, joined along `dim`, if fn draws none."""
+    cuda = [inputs[0].device] if inputs[0].is_cuda else []
+    before = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
+    first, rest = fn(inputs[0]), inputs[1:]
+    after = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
+    if not rest:
+        return [first]
+    if all(torch.equal(a, b) for a, b in zip([before[0], *before[1]], [after[0], *after[1]], strict=True)):
+        return [first, *fn(torch.cat(rest, dim)).chunk(len(rest))]
+    results = [first]
+    for x in rest:
+        torch.set_rng_state(before[0])
+        for device, state in zip(cuda, before[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        results.append(fn(x))
+    return results

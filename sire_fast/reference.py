@@ -1,0 +1,183 @@
+"""The recurrent pass with its swapped variants, in plain PyTorch: what every kernel is tested against and timed
+against. It runs the original and all variants as one stacked batch, whole sequences, and autograd does the rest."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sire_fast.cells import CELLS
+
+
+class SwapRNN(NamedTuple):
+    """What a recurrent pass with swapped variants returns.
+
+    Attributes:
+        output: the original's h at every step, (T, B, H); 0 beyond a sequence's length.
+        h_n: the original's last h, (B, H).
+        c_n: the original's last c, (B, H); None unless the cell is an LSTM.
+        variants: h of every variant at its end, (B, K, H).
+        penalty: ||variants[b, k] - output[ends[b, k], b]||^2, summed over H, (B, K).
+        cells: the original's c at every step, (T, B, H), 0 beyond the length; None unless an LSTM.
+        variant_cells: c of every variant at its end, (B, K, H); None unless an LSTM.
+    """
+
+    output: Tensor
+    h_n: Tensor
+    c_n: Tensor | None
+    variants: Tensor
+    penalty: Tensor
+    cells: Tensor | None
+    variant_cells: Tensor | None
+
+
+def swap_rnn(
+    cell: str,
+    x_proj: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None = None,
+    *,
+    swaps: Tensor,
+    ends: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> SwapRNN:
+    """Same arguments, result and errors as sire_fast.functional.swap_rnn; differentiable any number of times."""
+    check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    ends, lengths = fill_defaults(x_proj, swaps, ends, lengths)
+    check_positions(x_proj.shape[0], swaps, ends, lengths)
+    steps, batch, _ = x_proj.shape
+    n_variants = swaps.shape[1]
+    row = torch.arange(batch, device=x_proj.device)
+
+    inside = torch.arange(steps, device=x_proj.device)[:, None] < lengths  # (T, B)
+    # masked here and not only behind the loop: what padding holds (NaN, say) must not reach any gradient
+    x = with_variants(torch.where(inside[..., None], x_proj, 0), swaps)  # (T, B, 1 + K, G*H)
+
+    start = (h0,) if c0 is None else (h0, c0)
+    states = tuple(s[:, None].expand(-1, 1 + n_variants, -1) for s in start)  # (B, 1 + K, H)
+    history = []
+    for t in range(steps):
+        u = torch.nn.functional.linear(states[0], w_hh, b_hh)
+        stepped = CELLS[cell].step(x[t], u, states)
+        alive = inside[t, :, None, None]
+        states = tuple(torch.where(alive, new, old) for new, old in zip(stepped, states, strict=True))
+        history.append(states)
+
+    output, *cells = (
+        torch.where(inside[..., None], torch.stack([s[:, 0] for s in track]), 0)
+        for track in zip(*history, strict=True)
+    )
+    at_end = []
+    for track in zip(*history, strict=True):
+        variants = torch.stack([s[:, 1:] for s in track])  # (T, B, K, H)
+        at_end.append(variants[ends, row[:, None], torch.arange(n_variants, device=ends.device)])
+    variants, *variant_cells = at_end
+    penalty = (variants - output[ends, row[:, None]]).square().sum(-1)
+    h_n, *c_n = (s[:, 0] for s in states)
+    return SwapRNN(output, h_n, *(c_n or [None]), variants, penalty, *(cells or [None]), *(variant_cells or [None]))
+
+
+def with_variants(x: Tensor, swaps: Tensor) -> Tensor:
+    """Sequences and their variants: (T, B, ...) and (B, K, 2) give (T, B, 1 + K, ...), the original first."""
+    steps, batch = x.shape[:2]
+    i, j = swaps.unbind(-1)
+    # position[b, v, t]: which element variant v of sequence b has at step t
+    position = torch.arange(steps, device=x.device).repeat(batch, 1 + swaps.shape[1], 1)
+    position[:, 1:].scatter_(2, i[..., None], j[..., None])
+    position[:, 1:].scatter_(2, j[..., None], i[..., None])
+    return x[position.permute(2, 0, 1), torch.arange(batch, device=x.device)[:, None]]
+
+
+def fill_defaults(
+    x_proj: Tensor, swaps: Tensor, ends: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`ends` and `lengths` as tensors: variants run to the last step of sequences of full length by default."""
+    if lengths is None:
+        lengths = x_proj.new_full((x_proj.shape[1],), x_proj.shape[0], dtype=torch.int64)
+    if ends is None:
+        ends = (lengths - 1)[:, None].expand(-1, swaps.shape[1])
+    return ends, lengths
+
+
+def check_arguments(
+    cell: str,
+    x_proj: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    swaps: Tensor,
+    ends: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    """Raise a ValueError that names the first argument whose shape, dtype or device does not fit the others."""
+    if cell not in CELLS:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if x_proj.dim() != 3:
+        raise ValueError(f"x_proj: expected (T, B, G*H), got shape {tuple(x_proj.shape)}")
+    if not x_proj.dtype.is_floating_point:
+        raise ValueError(f"x_proj: expected a floating-point dtype, got {x_proj.dtype}")
+    steps, batch, width = x_proj.shape
+    if steps == 0 or batch == 0:
+        raise ValueError(f"x_proj: expected at least one step and one sequence, got shape {tuple(x_proj.shape)}")
+    gates = CELLS[cell].gates
+    if width == 0 or width % gates:
+        raise ValueError(f"x_proj: expected a last dimension of {gates} * H for {cell}, got {width}")
+    hidden = width // gates
+    if (c0 is None) == (cell == "lstm"):
+        raise ValueError(f"c0: expected {'a tensor' if c0 is None else 'None'} for {cell}, got the opposite")
+    if swaps.dim() != 3 or swaps.shape[0] != batch or swaps.shape[2] != 2:
+        raise ValueError(f"swaps: expected shape ({batch}, K, 2), got {tuple(swaps.shape)}")
+    expected = {
+        "w_hh": (w_hh, (gates * hidden, hidden)),
+        "b_hh": (b_hh, (gates * hidden,)),
+        "h0": (h0, (batch, hidden)),
+        "c0": (c0, (batch, hidden)),
+        "ends": (ends, (batch, swaps.shape[1])),
+        "lengths": (lengths, (batch,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    for name, tensor in (("w_hh", w_hh), ("b_hh", b_hh), ("h0", h0), ("c0", c0)):
+        if tensor is not None and tensor.dtype != x_proj.dtype:
+            raise ValueError(f"{name}: expected {x_proj.dtype}, the dtype of x_proj, got {tensor.dtype}")
+    for name, tensor in (("swaps", swaps), ("ends", ends), ("lengths", lengths)):
+        if tensor is not None and tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: expected torch.int64, got {tensor.dtype}")
+    for name, tensor in [(name, tensor) for name, (tensor, _) in expected.items()] + [("swaps", swaps)]:
+        if tensor is not None and tensor.device != x_proj.device:
+            raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
+
+
+def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> None:
+    """Raise a ValueError if a length, a swap or an end lies outside its sequence: 0 <= i <= j <= end < length <= T.
+
+    Tensors of another device than the CPU are not looked at: that would make the host wait for the device.
+    """
+    if swaps.device.type != "cpu":
+        return
+    i, j = swaps.unbind(-1)
+    outside = (lengths < 1) | (lengths > steps)
+    if outside.any():
+        raise ValueError(f"lengths: expected 1 <= length <= {steps}, got {lengths[outside][0]}")
+    limit = lengths[:, None]
+    # one test for the usual case, in which nothing is wrong
+    if not ((i < 0) | (i > j) | (j > ends) | (ends >= limit)).any():
+        return
+    for name, wrong, expected in (
+        ("swaps", (i < 0) | (j >= limit), "positions inside the sequence"),
+        ("swaps", i > j, "i <= j"),
+        ("ends", ends >= limit, "an end inside the sequence"),
+        ("ends", ends < j, "an end at or after the swap"),
+    ):
+        if wrong.any():
+            b, k = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}: expected {expected}, got swap ({i[b, k]}, {j[b, k]}) with end {ends[b, k]} "
+                f"in sequence {b} of length {lengths[b]}"
+            )

@@ -1,0 +1,292 @@
+"""Which positions are exchanged: samplers of swaps.
+
+A sampler is called with the sequence length (or the lengths of the sequences) and the batch size and returns, for
+every sequence, K pairs of positions (i, j) with i <= j, all inside the sequence. A pair with i == j exchanges
+nothing; it stands where a sequence is too short for a real pair. All draws are uniform over the allowed pairs, with
+replacement, and repeatable under a generator. Any other callable with this signature serves as a sampler too.
+
+    >>> import torch
+    >>> Adjacent("all")(4, 1)
+    tensor([[[0, 1],
+             [1, 2],
+             [2, 3]]])
+    >>> Uniform(2)(10, 3, torch.Generator().manual_seed(0)).shape
+    torch.Size([3, 2, 2])
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Sampler = Callable[..., Tensor]
+
+
+class _Drawn(ABC):
+    """K draws with replacement from the allowed pairs of each sequence, which a subclass numbers from 0."""
+
+    k: int
+
+    @abstractmethod
+    def _count(self, lengths: Tensor) -> Tensor:
+        """Number of allowed pairs of each sequence, (B,)."""
+
+    @abstractmethod
+    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The pair (i, j), i < j, behind each number, (B, K)."""
+
+    def __call__(
+        self,
+        lengths: int | Tensor,
+        batch: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw the swaps of one pass.
+
+        Args:
+            lengths: the length T of all sequences, or the length of each, (B,) int64.
+            batch: number of sequences B.
+            generator: source of randomness; torch's own if None. The numbers are drawn on its device.
+            device: where the result lies; that of `lengths` if it is a tensor, else the CPU.
+
+        Returns:
+            Pairs of positions, (B, K, 2) int64, with 0 <= i <= j < length.
+        """
+        lengths = _as_lengths(lengths, batch, device)
+        drawn_on = generator.device if generator is not None else lengths.device
+        uniform = torch.rand(batch, self.k, generator=generator, device=drawn_on, dtype=torch.float64)
+        count = self._count(lengths)[:, None]
+        index = (uniform.to(lengths.device) * count).long().minimum(count - 1).clamp(min=0)
+        i, j = self._pair(index, lengths)
+        pairs = torch.stack((i, j), -1)
+        return torch.where(count[..., None] > 0, pairs, 0)
+
+
+@dataclass(frozen=True)
+class Uniform(_Drawn):
+    """k pairs, each uniform over all pairs i < j of the sequence.
+
+    Args:
+        k: number of pairs for each sequence, at least 1.
+    """
+
+    k: int
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+
+    def _count(self, lengths: Tensor) -> Tensor:
+        return _triangle(lengths)
+
+    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return _triangle_pair(index)
+
+
+@dataclass(frozen=True)
+class Window(_Drawn):
+    """k pairs, each uniform over all pairs at most `width` positions apart.
+
+    Args:
+        k: number of pairs for each sequence, at least 1.
+        width: largest j - i, at least 1.
+    """
+
+    k: int
+    width: int
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+        if self.width < 1:
+            raise ValueError(f"width: expected at least 1, got {self.width}")
+
+    # Pairs are numbered by j, then i: first the triangle j <= width, then `width` pairs for every further j.
+    def _count(self, lengths: Tensor) -> Tensor:
+        head = lengths.clamp(max=self.width + 1)
+        return _triangle(head) + (lengths - head) * self.width
+
+    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        head = self.width * (self.width + 1) // 2
+        i, j = _triangle_pair(index.clamp(max=head - 1))
+        beyond = index - head
+        far_j = self.width + 1 + beyond // self.width
+        far_i = far_j - self.width + beyond % self.width
+        return torch.where(beyond < 0, i, far_i), torch.where(beyond < 0, j, far_j)
+
+
+@dataclass(frozen=True)
+class Adjacent:
+    """Swaps of neighbours, (i, i + 1): the form of the SIRE paper.
+
+    Args:
+        k: number of pairs for each sequence, drawn uniformly; or "all" for each of the T - 1 pairs once
+            (shorter sequences in the batch get i == j in place of the pairs that they lack).
+    """
+
+    k: int | str
+
+    def __post_init__(self) -> None:
+        if self.k != "all":
+            _check_k(self.k)
+
+    def __call__(
+        self,
+        lengths: int | Tensor,
+        batch: int,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw the swaps of one pass; arguments and result as for the other samplers, K = max(T) - 1 for "all"."""
+        if self.k != "all":
+            return Window(self.k, 1)(lengths, batch, generator, device)  # type: ignore[arg-type]
+        longest = lengths if isinstance(lengths, int) else int(lengths.max())
+        lengths = _as_lengths(lengths, batch, device)
+        i = torch.arange(longest - 1, device=lengths.device).expand(batch, -1)
+        pairs = torch.stack((i, i + 1), -1)
+        return torch.where((i + 1 < lengths[:, None])[..., None], pairs, 0)
+
+
+@dataclass(frozen=True)
+class Blocks(_Drawn):
+    """k pairs, each uniform over all pairs that lie in the same block of the sequence (semi-invariance).
+
+    Args:
+        k: number of pairs for each sequence, at least 1.
+        boundaries: where blocks after the first begin, increasing: positions (int), or fractions of each sequence's
+            length (float in (0, 1), rounded down). `Blocks(4, [0.5])` keeps the two halves of a sequence apart.
+    """
+
+    k: int
+    boundaries: Sequence[int | float]
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        fractions = [b for b in self.boundaries if isinstance(b, float)]
+        if fractions and (len(fractions) < len(self.boundaries) or not all(0 < b < 1 for b in fractions)):
+            raise ValueError(
+                f"boundaries: expected positions (int) or fractions in (0, 1), not both, got {self.boundaries}"
+            )
+        if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)) or any(
+            b <= 0 for b in self.boundaries
+        ):
+            raise ValueError(f"boundaries: expected increasing and above 0, got {self.boundaries}")
+
+    def _edges(self, lengths: Tensor) -> Tensor:
+        """First positions of the blocks and the length, (B, blocks + 1)."""
+        inner = torch.tensor(self.boundaries, device=lengths.device)
+        if inner.is_floating_point():
+            inner = (inner.double() * lengths[:, None]).long()
+        inner = inner.long().expand(len(lengths), -1).minimum(lengths[:, None])
+        return torch.cat((torch.zeros_like(lengths)[:, None], inner, lengths[:, None]), 1)
+
+    def _count(self, lengths: Tensor) -> Tensor:
+        return _triangle(self._edges(lengths).diff(dim=1)).sum(1)
+
+    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        edges = self._edges(lengths)
+        upto = _triangle(edges.diff(dim=1)).cumsum(1)  # pairs in this block and those before
+        block = torch.searchsorted(upto, index, right=True).clamp(max=upto.shape[1] - 1)
+        before = torch.cat((torch.zeros_like(upto[:, :1]), upto), 1).gather(1, block)
+        i, j = _triangle_pair(index - before)
+        start = edges.gather(1, block)
+        return start + i, start + j
+
+
+@dataclass(frozen=True)
+class Pairs(_Drawn):
+    """k pairs, each uniform over those of a given list that lie inside the sequence.
+
+    Args:
+        k: number of pairs for each sequence, at least 1.
+        pairs: the allowed pairs (i, j), 0 <= i < j.
+    """
+
+    k: int
+    pairs: Sequence[tuple[int, int]]
+
+    def __post_init__(self) -> None:
+        _check_k(self.k)
+        if not len(self.pairs):
+            raise ValueError("pairs: expected at least one pair, got none")
+        for pair in self.pairs:
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+                raise ValueError(f"pairs: expected (i, j) with 0 <= i < j, got {tuple(pair)}")
+        # sorted by j, the pairs inside a sequence are the first ones of the list
+        ordered = sorted(((int(i), int(j)) for i, j in self.pairs), key=lambda pair: pair[1])
+        object.__setattr__(self, "pairs", tuple(ordered))
+
+    def _count(self, lengths: Tensor) -> Tensor:
+        last = torch.tensor([j for _, j in self.pairs], device=lengths.device)
+        return torch.searchsorted(last, lengths)
+
+    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        i, j = torch.tensor(self.pairs, device=lengths.device)[index].unbind(-1)
+        return i, j
+
+
+_FORMS = "uniform:K, adjacent:K, adjacent:all, window:K:WIDTH, blocks:K:B1,B2,... or pairs:K:I-J,I-J,..."
+
+
+def parse(text: str) -> Sampler | None:
+    """The sampler that a command line names: "uniform:4", "adjacent:all", "blocks:4:0.5"; None for "none".
+
+    Raises:
+        ValueError: the text names no sampler.
+
+    >>> parse("window:2:5")
+    Window(k=2, width=5)
+    """
+    name, *rest = text.split(":")
+    try:
+        if name == "none" and not rest:
+            return None
+        if name == "uniform":
+            (k,) = rest
+            return Uniform(int(k))
+        if name == "adjacent":
+            (k,) = rest
+            return Adjacent(k if k == "all" else int(k))
+        if name == "window":
+            k, width = rest
+            return Window(int(k), int(width))
+        if name == "blocks":
+            k, edges = rest
+            return Blocks(int(k), [float(e) if "." in e else int(e) for e in edges.split(",")])
+        if name == "pairs":
+            k, pairs = rest
+            return Pairs(int(k), [(int(i), int(j)) for i, j in (pair.split("-") for pair in pairs.split(","))])
+    except ValueError as error:
+        reason = str(error)
+        if reason.split(":")[0] in ("k", "width", "boundaries", "pairs"):
+            raise ValueError(f"swaps: {text!r}: {reason}") from None
+    raise ValueError(f"swaps: expected none, {_FORMS}, got {text!r}")
+
+
+def _check_k(k: object) -> None:
+    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+
+
+def _as_lengths(lengths: int | Tensor, batch: int, device: torch.device | str | None) -> Tensor:
+    if isinstance(lengths, Tensor):
+        if lengths.shape != (batch,):
+            raise ValueError(f"lengths: expected shape ({batch},), got {tuple(lengths.shape)}")
+        return lengths.to(device=device, dtype=torch.int64)
+    return torch.full((batch,), lengths, dtype=torch.int64, device=device)
+
+
+def _triangle(n: Tensor) -> Tensor:
+    """Number of pairs i < j among n positions."""
+    return n * (n - 1) // 2
+
+
+def _triangle_pair(index: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair i < j behind a number, in the order (0, 1), (0, 2), (1, 2), (0, 3), ...: index = j (j - 1) / 2 + i."""
+    j = ((1 + (1 + 8 * index.double()).sqrt()) / 2).long()
+    j = torch.where(_triangle(j) > index, j - 1, j)  # the square root may round up to the next j
+    return index - _triangle(j), j
