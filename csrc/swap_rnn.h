@@ -86,7 +86,7 @@ struct Kernels {
   void (*pack_backward)(const Backward<T>&, T* packed);
   Workspace (*forward_workspace)(const Sizes&, const Share&);
   Workspace (*backward_workspace)(const Sizes&, const Share&);
-  void (*forward)(const Forward<T>&, const Share&, const T* packed, T* values, T** pointers, int64_t* numbers);
+  void (*forward)(const Forward<T>&, const Share&, const T* packed, T* values, int64_t* numbers);
   // leaves the share's part of dW_hh, (G*H, weight_stride), and of db_hh, (G*H), at the front of `values`
   void (*backward)(const Backward<T>&, const Share&, const T* packed, T* values, T** pointers,
                    int64_t* numbers);

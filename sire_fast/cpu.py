@@ -33,7 +33,7 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
 
 def instruction_set() -> str:
     """Instruction set that the kernels run with on this machine: "avx512", "avx2" or "baseline"."""
-    return _C.instruction_set()
+    return _C.instruction_set().lower()
 
 
 def _address(tensor: Tensor | None) -> int:

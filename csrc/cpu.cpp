@@ -1,0 +1,208 @@
+// One call on the CPU: who does which sequences, on which threads, with which instruction set's kernels.
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "swap_rnn.h"
+
+namespace sire_fast {
+
+const InstructionSet& instruction_set() {
+#ifdef __x86_64__
+  static const InstructionSet& best = __builtin_cpu_supports("avx512f") ? kAvx512
+                                      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
+                                          ? kAvx2
+                                          : kBaseline;
+  return best;
+#else
+  return kBaseline;
+#endif
+}
+
+namespace {
+
+template <class T>
+const Kernels<T>& kernels(int cell) {
+  if constexpr (std::is_same_v<T, float>)
+    return instruction_set().f32[cell];
+  else
+    return instruction_set().f64[cell];
+}
+
+// Memory that starts at a cache line; not initialised.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : memory_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  operator T*() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  std::unique_ptr<T, Free> memory_;
+};
+
+// Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it can be
+// found: a second pool would spin against torch's for the same cores.
+template <class F>
+void parallel(int n, const F& work) {
+  struct Job {
+    const F& work;
+    int n;
+    std::atomic<int> next{0};
+    static void run(void* self) {
+      Job& job = *static_cast<Job*>(self);
+      for (int k; (k = job.next++) < job.n;) job.work(k);
+    }
+  } job{work, n};
+  using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  static const auto gomp_parallel = reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  if (n == 1) {
+    Job::run(&job);
+  } else if (gomp_parallel) {
+    gomp_parallel(Job::run, &job, n, 0);
+  } else {
+    std::vector<std::thread> others;
+    for (int k = 1; k < n; ++k) others.emplace_back(Job::run, &job);
+    Job::run(&job);
+    for (auto& thread : others) thread.join();
+  }
+}
+
+// The shares of a call and the memory behind their schedules.
+class Plan {
+ public:
+  Plan(const Sizes& z, const Swaps& s, int threads)
+      : by_start_(z.B * z.K), by_end_(z.B * z.K), first_row_(z.B * z.K) {
+    std::vector<int64_t> cost(z.B + 1);  // steps of the sequences before b and of their variants
+    int64_t row = 0;
+    for (int64_t b = 0; b < z.B; ++b) {
+      const int64_t before = row;
+      for (int64_t v = b * z.K; v < (b + 1) * z.K; ++v) {
+        first_row_[v] = row;
+        if (s.swaps[2 * v] < s.swaps[2 * v + 1]) row += s.ends[v] - s.swaps[2 * v] + 1;
+      }
+      cost[b + 1] = cost[b] + s.lengths[b] + row - before;
+    }
+    const int64_t n = std::min<int64_t>(std::max(threads, 1), z.B);
+    begins_.reserve(2 * n * (z.T + 1));  // the schedules point into it
+    int64_t begin = 0;
+    for (int64_t k = 1; k <= n; ++k) {
+      // the sequence at which the k-th part of the cost is reached, with at least one for each share
+      int64_t end = std::lower_bound(cost.begin(), cost.end(), cost.back() * k / n) - cost.begin();
+      end = std::clamp(end, begin + 1, z.B - (n - k));
+      add_share(z, s, begin, k == n ? z.B : end);
+      begin = end;
+    }
+  }
+
+  std::vector<Share> shares;
+
+ private:
+  void add_share(const Sizes& z, const Swaps& s, int64_t begin, int64_t end) {
+    int64_t* start_begin = begins_.data() + begins_.size();
+    int64_t* end_begin = start_begin + z.T + 1;
+    begins_.resize(begins_.size() + 2 * (z.T + 1));
+    std::vector<int64_t> rows(z.T + 1);  // how many more originals and running variants at t than at t - 1
+    Share share{begin, end, 0, 0, {by_start_.data() + begin * z.K, start_begin, by_end_.data() + begin * z.K,
+                                   end_begin, first_row_.data()}};
+    for (int64_t b = begin; b < end; ++b) {
+      share.steps = std::max(share.steps, s.lengths[b]);
+      ++rows[0];
+      --rows[s.lengths[b]];
+    }
+    const auto runs = [&](int64_t v) { return s.swaps[2 * v] < s.swaps[2 * v + 1]; };
+    for (int64_t v = begin * z.K; v < end * z.K; ++v) {
+      ++end_begin[s.ends[v] + 1];
+      if (!runs(v)) continue;
+      ++start_begin[s.swaps[2 * v] + 1];
+      ++rows[s.swaps[2 * v]];
+      --rows[s.ends[v] + 1];
+    }
+    int64_t running = 0;
+    for (int64_t t = 0; t < z.T; ++t) {
+      start_begin[t + 1] += start_begin[t];
+      end_begin[t + 1] += end_begin[t];
+      running += rows[t];
+      share.rows = std::max(share.rows, running);
+    }
+    std::vector<int64_t> next_start(start_begin, start_begin + z.T), next_end(end_begin, end_begin + z.T);
+    for (int64_t v = begin * z.K; v < end * z.K; ++v) {
+      if (runs(v)) by_start_[begin * z.K + next_start[s.swaps[2 * v]]++] = v;
+      by_end_[begin * z.K + next_end[s.ends[v]]++] = v;
+    }
+    shares.push_back(share);
+  }
+
+  std::vector<int64_t> by_start_, by_end_, first_row_, begins_;
+};
+
+}  // namespace
+
+template <class T>
+void forward(int cell, const Forward<T>& f, int threads) {
+  const Kernels<T>& kernel = kernels<T>(cell);
+  const Plan plan(f.size, f.swaps, threads);
+  const Buffer<T> packed(kernel.packed_values(f.size));
+  kernel.pack_forward(f, packed);
+  std::vector<Buffer<T>> values;
+  std::vector<Buffer<int64_t>> numbers;
+  for (const Share& share : plan.shares) {
+    const Workspace space = kernel.forward_workspace(f.size, share);
+    values.emplace_back(space.values);
+    numbers.emplace_back(space.numbers);
+  }
+  parallel(int(plan.shares.size()), [&](int n) {
+    kernel.forward(f, plan.shares[n], packed, values[n], numbers[n]);
+  });
+}
+
+template <class T>
+void backward(int cell, const Backward<T>& g, int threads) {
+  const Kernels<T>& kernel = kernels<T>(cell);
+  const Plan plan(g.size, g.swaps, threads);
+  const Buffer<T> packed(kernel.packed_values(g.size));
+  kernel.pack_backward(g, packed);
+  std::vector<Buffer<T>> values;
+  std::vector<Buffer<T*>> pointers;
+  std::vector<Buffer<int64_t>> numbers;
+  for (const Share& share : plan.shares) {
+    const Workspace space = kernel.backward_workspace(g.size, share);
+    values.emplace_back(space.values);
+    pointers.emplace_back(space.pointers);
+    numbers.emplace_back(space.numbers);
+  }
+  parallel(int(plan.shares.size()), [&](int n) {
+    kernel.backward(g, plan.shares[n], packed, values[n], pointers[n], numbers[n]);
+  });
+
+  // summed over the shares in their order: the same bits every time
+  const int64_t H = g.size.H, width = kGates[cell] * H, stride = kernel.weight_stride(g.size);
+  for (size_t n = 0; n < values.size(); ++n) {
+    const T* dw = values[n];
+    const T* db = dw + width * stride;
+    for (int64_t r = 0; g.dw_hh && r < width; ++r)
+      for (int64_t h = 0; h < H; ++h) {
+        T& sum = g.dw_hh[r * H + h];
+        sum = n ? sum + dw[r * stride + h] : dw[r * stride + h];
+      }
+    for (int64_t r = 0; g.db_hh && r < width; ++r) g.db_hh[r] = n ? g.db_hh[r] + db[r] : db[r];
+  }
+}
+
+template void forward(int, const Forward<float>&, int);
+template void forward(int, const Forward<double>&, int);
+template void backward(int, const Backward<float>&, int);
+template void backward(int, const Backward<double>&, int);
+
+}  // namespace sire_fast
