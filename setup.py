@@ -37,7 +37,7 @@ class BuildKernels(build_ext):
 extension = Pybind11Extension(
     "sire_fast._C",
     ["csrc/bindings.cpp", "csrc/cpu.cpp"],
-    depends=["csrc/cells.h", "csrc/simd.h", "csrc/swap_rnn.h"],
+    depends=["csrc/cpu_kernel.cpp", "csrc/cells.h", "csrc/simd.h", "csrc/swap_rnn.h"],
     extra_compile_args=FLAGS,
     libraries=["dl", "pthread"] if sys.platform.startswith("linux") else [],
 )

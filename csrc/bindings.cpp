@@ -95,7 +95,20 @@ Sizes sizes(const SizeTuple& t) { return {std::get<0>(t), std::get<1>(t), std::g
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sire_fast; called by sire_fast.cpu, which knows the order of the addresses.";
-  m.def("instruction_set", [] { return instruction_set().name; });
+  m.def("instruction_set", [] { return instruction_set()->name; });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const auto* set : instruction_sets()) names.push_back(set->name);
+    return names;
+  });
+  m.def("use_instruction_set", [](const std::string& name) {  // for tests
+    for (const auto* set : instruction_sets())
+      if (name == set->name) {
+        instruction_set() = set;
+        return;
+      }
+    throw py::value_error("instruction set: this machine has no " + name);
+  });
   m.def("forward", [](const std::string& cell, bool is_double, int threads, bool train, const SizeTuple& size,
                       const Addresses& inputs, const Addresses& outputs) {
     const int number = cell_number(cell);

@@ -14,16 +14,19 @@
 
 namespace sire_fast {
 
-const InstructionSet& instruction_set() {
+std::vector<const InstructionSet*> instruction_sets() {
+  std::vector<const InstructionSet*> sets;
 #ifdef __x86_64__
-  static const InstructionSet& best = __builtin_cpu_supports("avx512f") ? kAvx512
-                                      : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")
-                                          ? kAvx2
-                                          : kBaseline;
-  return best;
-#else
-  return kBaseline;
+  if (__builtin_cpu_supports("avx512f")) sets.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kAvx2);
 #endif
+  sets.push_back(&kBaseline);
+  return sets;
+}
+
+const InstructionSet*& instruction_set() {
+  static const InstructionSet* current = instruction_sets().front();
+  return current;
 }
 
 namespace {
@@ -31,9 +34,9 @@ namespace {
 template <class T>
 const Kernels<T>& kernels(int cell) {
   if constexpr (std::is_same_v<T, float>)
-    return instruction_set().f32[cell];
+    return instruction_set()->f32[cell];
   else
-    return instruction_set().f64[cell];
+    return instruction_set()->f64[cell];
 }
 
 // Memory that starts at a cache line; not initialised.

@@ -238,12 +238,17 @@ struct Pass {
         running[n_running++] = share.schedule.by_start[n];
     }
 
-    for (int64_t b = share.begin; b < share.end; ++b)
-      for (int k = 0; k < S; ++k) {
-        const int64_t length = f.swaps.lengths[b];
-        copy(H, f.states[k] + ((length - 1) * B + b) * H, f.last[k] + b * H);
-        for (int64_t t = length; t < f.size.T; ++t) zero(H, f.states[k] + (t * B + b) * H);
+    for (int64_t b = share.begin; b < share.end; ++b) {
+      const int64_t length = f.swaps.lengths[b];
+      T* s[S];
+      at.after(b, length - 1, s);
+      for (int k = 0; k < S; ++k) copy(H, s[k], f.last[k] + b * H);
+      for (int64_t t = length; t < f.size.T; ++t) {
+        T* gates = at.after(b, t, s);
+        for (int k = 0; k < S; ++k) zero(H, s[k]);
+        if (f.train) zero(Cell::saved * H, gates);
       }
+    }
   }
 
   // Where variant v's states and gates go at step t: into its span, or in inference into its result, over and over.
@@ -440,7 +445,11 @@ struct Pass {
       });
     }
     if (g.db_hh)
-      for (int64_t m = 0; m < n; ++m) add(G * H, du + m * u_stride, db);
+      for (int64_t r = 0; r < u_stride; r += M::width) {
+        typename M::V sum{};  // of these rows first: added one by one to a large total they would lose digits
+        for (int64_t m = 0; m < n; ++m) sum += M::load(du + m * u_stride + r);
+        M::store(db + r, M::load(db + r) + sum);
+      }
   }
 
   static constexpr Kernels<T> kernels() {

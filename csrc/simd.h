@@ -134,7 +134,8 @@ struct Columns {
   int64_t vector_step, row_step;
 };
 
-// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns.
+// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns. What is there
+// already is added last: added to first, it would round every term to its own size.
 template <class T, int R, int N>
 void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step, const T* const* init,
           T* const* out, int64_t column) {
@@ -146,7 +147,7 @@ void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_
   for (int r = 0; r < R; ++r) {
     rows[r] = a[r];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[r][n] = M::load(init[r] + column + n * M::width);
+    for (int n = 0; n < N; ++n) sum[r][n] = V{};
   }
   for (int64_t k = 0, at = 0; k < K; ++k, at += a_step, w += row_step) {
     V column_vectors[N];
@@ -162,7 +163,10 @@ void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) M::store(out[r] + column + n * M::width, sum[r][n]);
+    for (int n = 0; n < N; ++n) {
+      const int64_t at = column + n * M::width;
+      M::store(out[r] + at, M::load(init[r] + at) + sum[r][n]);
+    }
 }
 
 template <class T, int R>

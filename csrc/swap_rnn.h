@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace sire_fast {
 
@@ -33,7 +34,7 @@ struct Forward {
   T* last[2];           // h_n, c_n: (B, H)
   T* variants[2];       // variants, variant_cells: (B, K, H)
   T* penalty;           // (B, K)
-  T* gates;             // (T, B, N*H), if train
+  T* gates;             // (T, B, N*H), 0 beyond a sequence's length, if train
   T* spans;             // a row of (S + N)*H, states and gates, for each step of each span, if train
 };
 
@@ -107,8 +108,9 @@ extern const InstructionSet kBaseline;
 extern const InstructionSet kAvx2, kAvx512;
 #endif
 
-// The instruction set that this machine runs: the best that it has.
-const InstructionSet& instruction_set();
+// Those that this machine has, the best first, and the one in use.
+std::vector<const InstructionSet*> instruction_sets();
+const InstructionSet*& instruction_set();
 
 // Runs a pass, or its gradient, on `threads` threads.
 template <class T>

@@ -71,12 +71,15 @@ def swap_rnn(
         torch.where(inside[..., None], torch.stack([s[:, 0] for s in track]), 0)
         for track in zip(*history, strict=True)
     )
-    at_end = []
-    for track in zip(*history, strict=True):
+    compared = []
+    base = [track[ends, row[:, None]] for track in (output, *cells)]
+    for track, original in zip(zip(*history, strict=True), base, strict=True):
         variants = torch.stack([s[:, 1:] for s in track])  # (T, B, K, H)
-        at_end.append(variants[ends, row[:, None], torch.arange(n_variants, device=ends.device)])
-    variants, *variant_cells = at_end
-    penalty = (variants - output[ends, row[:, None]]).square().sum(-1)
+        variants = variants[ends, row[:, None], torch.arange(n_variants, device=ends.device)]
+        # a pair that exchanges nothing gives the original to the last bit, whatever order a product sums in
+        compared.append(torch.where((swaps[..., 0] == swaps[..., 1])[..., None], original, variants))
+    variants, *variant_cells = compared
+    penalty = (variants - base[0]).square().sum(-1)
     h_n, *c_n = (s[:, 0] for s in states)
     return SwapRNN(output, h_n, *(c_n or [None]), variants, penalty, *(cells or [None]), *(variant_cells or [None]))
 

@@ -59,7 +59,7 @@ class _Drawn(ABC):
         """
         lengths = _as_lengths(lengths, batch, device)
         drawn_on = generator.device if generator is not None else lengths.device
-        uniform = torch.rand(batch, self.k, generator=generator, device=drawn_on, dtype=torch.float64)
+        uniform = torch.empty(batch, self.k, dtype=torch.float64, device=drawn_on).uniform_(generator=generator)
         count = self._count(lengths)[:, None]
         index = (uniform.to(lengths.device) * count).long().minimum(count - 1).clamp(min=0)
         i, j = self._pair(index, lengths)

@@ -1,0 +1,117 @@
+"""What every backend is held against: the reference in float64, and its own error in the backend's dtype."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sire_fast import functional, reference, swaps
+from sire_fast.cells import CELLS
+
+TENSORS = ("x_proj", "w_hh", "b_hh", "h0", "c0")
+
+
+class Case(NamedTuple):
+    """A call: sizes, and which of the optional arguments it has."""
+
+    cell: str
+    steps: int
+    batch: int
+    hidden: int
+    n_swaps: int
+    bias: bool = True
+    ragged: bool = False
+    compare: str = "end"
+
+    def __str__(self) -> str:
+        options = [self.compare] + ["ragged"] * self.ragged + ["no-bias"] * (not self.bias)
+        return f"{self.cell}-T{self.steps}-B{self.batch}-H{self.hidden}-K{self.n_swaps}-{'-'.join(options)}"
+
+
+# sizes on either side of a vector (4, 8, 16 floats), of a tile's 6 rows and 4 vectors, and of one thread's share
+SIZES = [(7, 5, 3, 4), (1, 1, 1, 1), (9, 3, 17, 2), (5, 4, 33, 0), (12, 7, 64, 3), (6, 13, 65, 5), (3, 1, 16, 9)]
+
+CASES = [
+    Case(cell, *size, bias=n % 3 > 0, ragged=n % 2 > 0, compare=compare)
+    for cell in CELLS
+    for n, size in enumerate(SIZES)
+    for compare in ("end", "swap")
+]
+
+
+def make(case: Case, seed: int = 0) -> dict[str, Any]:
+    """Arguments of swap_rnn for a case, float64 leaves that require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    width = CELLS[case.cell].gates * case.hidden
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.randint(1, case.steps + 1, (case.batch,), generator=generator) if case.ragged else None
+    pairs = torch.zeros(case.batch, 0, 2, dtype=torch.int64)
+    if case.n_swaps:
+        pairs = swaps.Uniform(case.n_swaps)(case.steps if lengths is None else lengths, case.batch, generator)
+        pairs[0, 0, 1] = pairs[0, 0, 0]  # one that exchanges nothing
+    return {
+        "x_proj": normal(case.steps, case.batch, width).requires_grad_(),
+        "w_hh": (normal(width, case.hidden) / case.hidden**0.5).requires_grad_(),
+        "b_hh": normal(width).requires_grad_() if case.bias else None,
+        "h0": normal(case.batch, case.hidden).requires_grad_(),
+        "c0": normal(case.batch, case.hidden).requires_grad_() if case.cell == "lstm" else None,
+        "swaps": pairs,
+        "ends": pairs[..., 1].contiguous() if case.compare == "swap" else None,
+        "lengths": lengths,
+    }
+
+
+def cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The same arguments in another dtype, as new leaves."""
+    return {
+        name: value.detach().to(dtype).requires_grad_(value.requires_grad)
+        if name in TENSORS and value is not None
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def run(cell: str, arguments: dict[str, Any], backend: str) -> dict[str, Tensor]:
+    """All outputs, and the gradient of every tensor argument through all of them."""
+    if backend == "reference":
+        outputs = reference.swap_rnn(cell, **arguments)
+    else:
+        outputs = functional.swap_rnn(cell, **arguments, backend=backend)
+    named = {k: v for k, v in outputs._asdict().items() if v is not None}
+    generator = torch.Generator().manual_seed(1)
+    loss = 0.0
+    for value in named.values():
+        weight = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        loss = loss + (value * weight).sum()
+    wanted = [name for name in TENSORS if arguments[name] is not None and arguments[name].requires_grad]
+    if wanted:
+        gradients = torch.autograd.grad(loss, [arguments[name] for name in wanted])
+        named |= {f"d_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return {k: v.detach() for k, v in named.items()}
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Largest difference, as a share of the largest true value."""
+    assert value.shape == truth.shape
+    if not truth.numel():
+        return 0.0
+    difference = (value.double() - truth.double()).abs().max()
+    assert difference.isfinite(), "not a number where the truth is one"
+    return float(difference / truth.double().abs().max().clamp(min=1e-3))
+
+
+def assert_as_good_as_reference(cell: str, arguments: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    """The backend's error against the float64 truth is at most twice the reference's in the same dtype, and eps."""
+    truth = run(cell, arguments, "reference")
+    ours = run(cell, cast(arguments, dtype), backend)
+    theirs = run(cell, cast(arguments, dtype), "reference")
+    assert ours.keys() == truth.keys()
+    for name, value in ours.items():
+        assert value.dtype == dtype
+        allowed = 2 * error(theirs[name], truth[name]) + 4 * torch.finfo(dtype).eps
+        assert error(value, truth[name]) <= allowed, f"{name}: {error(value, truth[name]):.2e} > {allowed:.2e}"

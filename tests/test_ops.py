@@ -1,0 +1,345 @@
+"""The operator: every backend and cell against the reference, its gradients, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from oracle import CASES, Case, assert_as_good_as_reference, cast, error, make, run
+from torch import Tensor
+
+from sire_fast import _C, backends, functional, ops, reference, swaps
+from sire_fast.cells import CELLS
+
+KERNELS = [name for name in backends.BACKENDS if name != "reference"]
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Any:
+    before = _C.instruction_set()
+    _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_float64(case: Case, backend: str, instruction_set: str) -> None:
+    arguments = make(case)
+    truth, ours = run(case.cell, arguments, "reference"), run(case.cell, arguments, backend)
+    assert ours.keys() == truth.keys()
+    for name, value in ours.items():
+        assert error(value, truth[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_float32(case: Case, backend: str, instruction_set: str) -> None:
+    assert_as_good_as_reference(case.cell, make(case), torch.float32, backend)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_long_sequences_of_many_rows(cell: str, backend: str) -> None:
+    """Several panels of rows, and dW_hh collected over more rows than are held at once."""
+    case = Case(cell, 40, 33, 24, 6, compare="end", ragged=True)
+    assert_as_good_as_reference(cell, make(case), torch.float32, backend)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -> None:
+    """exp and tanh are our own: small arguments lose digits, and large ones overflow, if they are done carelessly."""
+    arguments = make(Case(cell, 5, 4, 16, 2))
+    arguments["x_proj"] = (arguments["x_proj"].detach() * scale).requires_grad_()
+    if cell == "rnn_relu" and scale > 1:
+        arguments["w_hh"] = (arguments["w_hh"].detach() / scale).requires_grad_()
+    assert_as_good_as_reference(cell, arguments, torch.float32, backend)
+    truth, ours = run(cell, arguments, "reference"), run(cell, arguments, backend)
+    for name, value in ours.items():
+        assert error(value, truth[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_not_a_number_stays_one(cell: str, backend: str) -> None:
+    arguments = make(Case(cell, 3, 2, 5, 1))
+    with torch.no_grad():
+        arguments["x_proj"][1, 0] = float("nan")
+        output = functional.swap_rnn(cell, **arguments, backend=backend).output
+    assert output[1:, 0].isnan().all()
+    assert output[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("wanted", [*oracle.TENSORS, "all"])
+def test_gradcheck(cell: str, backend: str, wanted: str) -> None:
+    """Each tensor argument alone, so that no gradient is right only because another is computed too."""
+    arguments = make(Case(cell, 4, 2, 3, 2, ragged=True))
+    names = [n for n in oracle.TENSORS if arguments[n] is not None and wanted in (n, "all")]
+    if not names:
+        assert (wanted, CELLS[cell].states) == ("c0", 1)
+        return
+    for name in oracle.TENSORS:
+        if arguments[name] is not None:
+            arguments[name].requires_grad_(name in names)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        replaced = arguments | dict(zip(names, tensors, strict=True))
+        return tuple(o for o in functional.swap_rnn(cell, **replaced, backend=backend) if o is not None)
+
+    if cell == "rnn_relu":  # away from the kink, where no derivative is defined
+        arguments["x_proj"].data.mul_(10)
+    assert torch.autograd.gradcheck(call, [arguments[n] for n in names], fast_mode=False)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_opcheck(cell: str, backend: str) -> None:
+    a = make(Case(cell, 4, 3, 3, 2, ragged=True))
+    ends, lengths = reference.fill_defaults(a["x_proj"], a["swaps"], None, a["lengths"])
+    rows = ops.span_rows(4, a["swaps"], ends)
+    tensors = [a[name] for name in oracle.TENSORS]
+    torch.library.opcheck(
+        torch.ops.sire_fast.swap_rnn.default, (cell, backend, *tensors, a["swaps"], ends, lengths, rows, True)
+    )
+    frozen = [t if t is None else t.detach() for t in tensors]
+    torch.library.opcheck(
+        torch.ops.sire_fast.swap_rnn.default, (cell, backend, *frozen, a["swaps"], ends, lengths, 0, False)
+    )
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_inference_gives_the_same_bits(cell: str, backend: str) -> None:
+    """Without gradients the variants' states are overwritten in place and no gate is kept."""
+    arguments = make(Case(cell, 9, 5, 17, 4, ragged=True))
+    training = functional.swap_rnn(cell, **arguments, backend=backend)
+    with torch.no_grad():
+        inference = functional.swap_rnn(cell, **arguments, backend=backend)
+    for a, b in zip(training, inference, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_same_bits_again_and_close_on_other_thread_counts(cell: str, backend: str) -> None:
+    case = Case(cell, 20, 7, 24, 3)
+    arguments = cast(make(case), torch.float32)
+    one = run(cell, arguments, backend)
+    for name, value in run(cell, arguments, backend).items():
+        assert torch.equal(value, one[name]), name
+    for threads in (1, 3, 16):
+        torch.set_num_threads(threads)
+        assert_as_good_as_reference(cell, make(case), torch.float32, backend)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_any_strides(backend: str) -> None:
+    """Kernels read raw memory: what is transposed, sliced, expanded or offset must be seen as it is."""
+    case = Case("lstm", 5, 3, 6, 2, compare="swap")
+    plain = make(case)
+    truth = run("lstm", plain, backend)
+
+    def restride(t: Tensor) -> Tensor:
+        spread = torch.stack((torch.full_like(t, torch.nan), t), -1)[..., 1]  # every second element, offset by one
+        return spread.requires_grad_() if t.requires_grad else spread
+
+    strided = {k: restride(v.detach()).requires_grad_() if k in oracle.TENSORS else v for k, v in plain.items()}
+    strided["swaps"] = plain["swaps"].flip(-1).contiguous().flip(-1).transpose(0, 1).contiguous().transpose(0, 1)
+    strided["ends"] = plain["ends"].t().contiguous().t()
+    assert not strided["x_proj"].is_contiguous()
+    for name, value in run("lstm", strided, backend).items():
+        assert torch.equal(value, truth[name]), name
+
+    # gradients that arrive expanded, as those of a sum do, or transposed
+    outputs = functional.swap_rnn("lstm", **plain, backend=backend)
+    expanded = torch.autograd.grad(outputs.output.sum() + outputs.penalty.sum(), plain["w_hh"], retain_graph=True)
+    ones = torch.autograd.grad(
+        [outputs.output, outputs.penalty],
+        plain["w_hh"],
+        [torch.ones(3, 5, 6, dtype=torch.float64).transpose(0, 1), torch.ones_like(outputs.penalty)],
+    )
+    assert torch.equal(expanded[0], ones[0])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_each_output_alone(backend: str) -> None:
+    """A gradient that arrives through one output only: the others' are absent, not zeros."""
+    arguments = make(Case("lstm", 5, 3, 4, 2))
+    names = [n for n in oracle.TENSORS if arguments[n] is not None]
+    for field in reference.SwapRNN._fields:
+        ours = getattr(functional.swap_rnn("lstm", **arguments, backend=backend), field).square().sum()
+        truth = getattr(reference.swap_rnn("lstm", **arguments), field).square().sum()
+        got = torch.autograd.grad(ours, [arguments[n] for n in names])
+        expected = torch.autograd.grad(truth, [arguments[n] for n in names], materialize_grads=True)
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, msg=field)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_exact_zeros(cell: str, backend: str) -> None:
+    """Equal inputs, and pairs that exchange nothing, give a penalty of exactly 0 and no gradient."""
+    arguments = make(Case(cell, 6, 3, 18, 4))
+    arguments["swaps"] = torch.tensor([[0, 3], [1, 4], [2, 2], [5, 5]]).expand(3, 4, 2)
+    with torch.no_grad():
+        arguments["x_proj"][3] = arguments["x_proj"][0]
+        arguments["x_proj"][4] = arguments["x_proj"][1]
+    penalty = functional.swap_rnn(cell, **arguments, backend=backend).penalty
+    assert (penalty == 0).all()
+    (gradient,) = torch.autograd.grad(penalty.sum(), arguments["w_hh"])
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_a_pair_that_exchanges_nothing_is_the_original(cell: str, backend: str) -> None:
+    arguments = make(Case(cell, 6, 5, 9, 3, ragged=True))
+    arguments["swaps"] = arguments["swaps"][..., :1].expand(-1, -1, 2)
+    run = functional.swap_rnn(cell, **arguments, backend=backend)
+    assert torch.equal(run.variants, run.h_n[:, None].expand(-1, 3, -1))
+    assert (run.penalty == 0).all()
+    (gradient,) = torch.autograd.grad(run.penalty.sum(), arguments["x_proj"], retain_graph=True)
+    assert (gradient == 0).all()
+    ours = torch.autograd.grad(run.variants.sum(), arguments["w_hh"], retain_graph=True)
+    torch.testing.assert_close(ours, torch.autograd.grad(3 * run.h_n.sum(), arguments["w_hh"]))
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_a_cell_that_sums_has_no_order(backend: str) -> None:
+    x = torch.randint(1, 100, (9, 4, 8)).float()
+    pairs = swaps.Uniform(5)(9, 4)
+    run = functional.swap_rnn(
+        "rnn_relu", x, torch.eye(8), None, torch.zeros(4, 8), swaps=pairs, backend=backend
+    )
+    assert torch.equal(run.h_n, x.sum(0))
+    assert (run.penalty == 0).all()
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+def test_one_swap_by_hand(backend: str) -> None:
+    """relu(x + 2 h) from 0: 1, 2, 3 gives 11, and 3, 2, 1 gives 17."""
+    x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    run = functional.swap_rnn(
+        "rnn_relu", x, torch.full((1, 1), 2.0), None, torch.zeros(1, 1),
+        swaps=torch.tensor([[[0, 2], [0, 1]]]), ends=torch.tensor([[2, 1]]), backend=backend,
+    )  # fmt: skip
+    assert run.output.flatten().tolist() == [1, 4, 11]
+    assert run.variants.flatten().tolist() == [17, 5]
+    assert run.penalty.tolist() == [[36, 1]]
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_no_second_gradient_in_silence(backend: str) -> None:
+    arguments = make(Case("gru", 3, 2, 3, 1))
+    output = functional.swap_rnn("gru", **arguments, backend=backend).output
+    (first,) = torch.autograd.grad(output.square().sum(), arguments["x_proj"], create_graph=True)
+    with pytest.raises(NotImplementedError, match="reference"):
+        torch.autograd.grad(first.sum(), arguments["x_proj"])
+
+
+def test_second_gradient_on_the_reference() -> None:
+    arguments = make(Case("gru", 3, 2, 3, 1))
+    names = [n for n in oracle.TENSORS if arguments[n] is not None]
+
+    def call(*tensors: Tensor) -> Tensor:
+        replaced = arguments | dict(zip(names, tensors, strict=True))
+        return functional.swap_rnn("gru", **replaced, backend="reference").penalty
+
+    assert torch.autograd.gradgradcheck(call, [arguments[n] for n in names])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_compiles_whole(cell: str) -> None:
+    arguments = make(Case(cell, 4, 3, 5, 2))
+    compiled = torch.compile(functional.swap_rnn, fullgraph=True, backend="aot_eager")
+    eager, traced = functional.swap_rnn(cell, **arguments), compiled(cell, **arguments)
+    torch.testing.assert_close(traced, eager)
+    gradient = torch.autograd.grad(traced.penalty.sum(), arguments["w_hh"])
+    torch.testing.assert_close(gradient, torch.autograd.grad(eager.penalty.sum(), arguments["w_hh"]))
+    arguments["swaps"] = arguments["swaps"] + 100  # a compiled graph checks the positions too
+    with pytest.raises(ValueError, match="swaps: expected positions inside"):
+        compiled(cell, **arguments)
+
+
+def _wrong(**changes: Any) -> dict[str, Any]:
+    return make(Case("gru", 4, 2, 3, 1)) | changes
+
+
+INT = torch.int64
+WRONG = {
+    "x_proj: expected (T, B, G*H)": _wrong(x_proj=torch.zeros(4, 9).double()),
+    "x_proj: expected a floating-point": _wrong(x_proj=torch.zeros(4, 2, 9, dtype=INT)),
+    "x_proj: expected at least one step": _wrong(x_proj=torch.zeros(0, 2, 9).double()),
+    "x_proj: expected at least one step and one sequence": _wrong(x_proj=torch.zeros(4, 0, 9).double()),
+    "x_proj: expected a last dimension of 3 * H": _wrong(x_proj=torch.zeros(4, 2, 10).double()),
+    "w_hh: expected shape (9, 3), got (3, 9)": _wrong(w_hh=torch.zeros(3, 9).double()),
+    "b_hh: expected shape (9,)": _wrong(b_hh=torch.zeros(3).double()),
+    "h0: expected shape (2, 3), got (1, 3)": _wrong(h0=torch.zeros(1, 3).double()),
+    "h0: expected torch.float64": _wrong(h0=torch.zeros(2, 3)),
+    "c0: expected None for gru": _wrong(c0=torch.zeros(2, 3).double()),
+    "w_hh: expected on cpu": _wrong(w_hh=torch.zeros(9, 3, device="meta").double()),
+    "swaps: expected shape (2, K, 2)": _wrong(swaps=torch.zeros(2, 2, dtype=INT)),
+    "swaps: expected torch.int64": _wrong(swaps=torch.zeros(2, 1, 2)),
+    "swaps: expected positions inside": _wrong(swaps=torch.tensor([[[0, 4]], [[0, 1]]])),
+    "swaps: expected positions inside the sequence, got swap (-1, 1)": _wrong(
+        swaps=torch.tensor([[[0, 3]], [[-1, 1]]])
+    ),
+    "swaps: expected i <= j, got swap (3, 1)": _wrong(swaps=torch.tensor([[[3, 1]], [[0, 1]]])),
+    "ends: expected an end at or after": _wrong(
+        swaps=torch.tensor([[[1, 3]], [[0, 1]]]), ends=torch.tensor([[2], [3]])
+    ),
+    "ends: expected an end inside": _wrong(ends=torch.tensor([[4], [3]])),
+    "ends: expected shape (2, 1)": _wrong(ends=torch.tensor([3, 3])),
+    "lengths: expected 1 <= length <= 4, got 0": _wrong(lengths=torch.tensor([4, 0])),
+    "lengths: expected 1 <= length <= 4, got 5": _wrong(lengths=torch.tensor([5, 4])),
+    "lengths: expected torch.int64, got torch.float32": _wrong(lengths=torch.tensor([float("nan"), 4])),
+}
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("message", WRONG)
+def test_refuses(message: str, backend: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        functional.swap_rnn("gru", **WRONG[message], backend=backend)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_refuses_unknown_names() -> None:
+    arguments = make(Case("gru", 4, 2, 3, 1))
+    with pytest.raises(ValueError, match="cell: expected one of rnn_tanh"):
+        functional.swap_rnn("elman", **arguments)
+    with pytest.raises(ValueError, match="backend: expected auto or one of cpu"):
+        functional.swap_rnn("gru", **arguments, backend="gpu")
+    with pytest.raises(ValueError, match="c0: expected a tensor for lstm"):
+        functional.swap_rnn("lstm", **make(Case("lstm", 4, 2, 3, 1)) | {"c0": None})
+
+
+def test_a_named_backend_is_used_or_refused() -> None:
+    arguments = cast(make(Case("gru", 4, 2, 3, 1)), torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="computes in float32 and float64, got torch.bfloat16"):
+        functional.swap_rnn("gru", **arguments, backend="cpu")
+    with backends.use("cpu"), pytest.raises(NotImplementedError):
+        functional.swap_rnn("gru", **arguments)
+    assert functional.swap_rnn("gru", **arguments).output.dtype == torch.bfloat16
+
+
+def test_memory_that_was_never_written_is_never_read() -> None:
+    """Scratch memory comes uninitialised from malloc; here malloc fills it with a large number first."""
+    code = (
+        "import oracle, torch\n"
+        "for case in oracle.CASES:\n"
+        "    oracle.assert_as_good_as_reference(case.cell, oracle.make(case), torch.float32, 'cpu')\n"
+    )
+    environment = {"MALLOC_PERTURB_": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
