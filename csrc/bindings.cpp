@@ -55,7 +55,8 @@ void run_forward(int cell, int threads, bool train, const Sizes& size, const Add
 }
 
 template <class T>
-void run_backward(int cell, int threads, const Sizes& size, const Addresses& inputs, const Addresses& outputs) {
+void run_backward(int cell, int threads, const Sizes& size, const Addresses& inputs,
+                  const Addresses& outputs) {
   Backward<T> g{};
   g.size = size;
   Reader in(inputs), out(outputs);
@@ -113,7 +114,8 @@ PYBIND11_MODULE(_C, m) {
                       const Addresses& inputs, const Addresses& outputs) {
     const int number = cell_number(cell);
     py::gil_scoped_release unlocked;
-    (is_double ? run_forward<double> : run_forward<float>)(number, threads, train, sizes(size), inputs, outputs);
+    (is_double ? run_forward<double> : run_forward<float>)(number, threads, train, sizes(size), inputs,
+                                                           outputs);
   });
   m.def("backward", [](const std::string& cell, bool is_double, int threads, const SizeTuple& size,
                        const Addresses& inputs, const Addresses& outputs) {

@@ -6,7 +6,8 @@
 //   s     states before the step: h, or h and c
 //   next  states after it
 //   kept  what the gradient needs beside the states
-//   d*    gradient of the loss with respect to *; ds leaves out the path through u, which is a product with W_hh
+//   d*    gradient of the loss with respect to *; ds leaves out the path through u, which is a product with
+//   W_hh
 //
 // M supplies V (a number or a vector of them) and sigmoid, tanh, relu, positive(condition, value).
 #pragma once
@@ -28,8 +29,7 @@ struct RnnTanh {
   }
 
   template <class M, class V = typename M::V>
-  static SIRE_FN void step_backward(const V* dnext, const V*, const V* next, const V*, V* dx, V* du,
-                                    V* ds) {
+  static SIRE_FN void step_backward(const V* dnext, const V*, const V* next, const V*, V* dx, V* du, V* ds) {
     dx[0] = du[0] = dnext[0] * (1 - next[0] * next[0]);
     ds[0] = V{};
   }
@@ -44,8 +44,7 @@ struct RnnRelu {
   }
 
   template <class M, class V = typename M::V>
-  static SIRE_FN void step_backward(const V* dnext, const V*, const V* next, const V*, V* dx, V* du,
-                                    V* ds) {
+  static SIRE_FN void step_backward(const V* dnext, const V*, const V* next, const V*, V* dx, V* du, V* ds) {
     dx[0] = du[0] = M::positive(next[0], dnext[0]);
     ds[0] = V{};
   }

@@ -43,7 +43,8 @@ const Kernels<T>& kernels(int cell) {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : memory_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
+  explicit Buffer(int64_t n)
+      : memory_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
     if (!memory_) throw std::bad_alloc();
   }
   operator T*() const { return memory_.get(); }
@@ -55,8 +56,8 @@ class Buffer {
   std::unique_ptr<T, Free> memory_;
 };
 
-// Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it can be
-// found: a second pool would spin against torch's for the same cores.
+// Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it
+// can be found: a second pool would spin against torch's for the same cores.
 template <class F>
 void parallel(int n, const F& work) {
   struct Job {
@@ -117,8 +118,12 @@ class Plan {
     int64_t* end_begin = start_begin + z.T + 1;
     begins_.resize(begins_.size() + 2 * (z.T + 1));
     std::vector<int64_t> rows(z.T + 1);  // how many more originals and running variants at t than at t - 1
-    Share share{begin, end, 0, 0, {by_start_.data() + begin * z.K, start_begin, by_end_.data() + begin * z.K,
-                                   end_begin, first_row_.data()}};
+    Share share{begin,
+                end,
+                0,
+                0,
+                {by_start_.data() + begin * z.K, start_begin, by_end_.data() + begin * z.K, end_begin,
+                 first_row_.data()}};
     for (int64_t b = begin; b < end; ++b) {
       share.steps = std::max(share.steps, s.lengths[b]);
       ++rows[0];
@@ -165,9 +170,8 @@ void forward(int cell, const Forward<T>& f, int threads) {
     values.emplace_back(space.values);
     numbers.emplace_back(space.numbers);
   }
-  parallel(int(plan.shares.size()), [&](int n) {
-    kernel.forward(f, plan.shares[n], packed, values[n], numbers[n]);
-  });
+  parallel(int(plan.shares.size()),
+           [&](int n) { kernel.forward(f, plan.shares[n], packed, values[n], numbers[n]); });
 }
 
 template <class T>
@@ -185,9 +189,8 @@ void backward(int cell, const Backward<T>& g, int threads) {
     pointers.emplace_back(space.pointers);
     numbers.emplace_back(space.numbers);
   }
-  parallel(int(plan.shares.size()), [&](int n) {
-    kernel.backward(g, plan.shares[n], packed, values[n], pointers[n], numbers[n]);
-  });
+  parallel(int(plan.shares.size()),
+           [&](int n) { kernel.backward(g, plan.shares[n], packed, values[n], pointers[n], numbers[n]); });
 
   // summed over the shares in their order: the same bits every time
   const int64_t H = g.size.H, width = kGates[cell] * H, stride = kernel.weight_stride(g.size);

@@ -1,11 +1,12 @@
-// The recurrent pass of one thread's sequences, and its gradient. Compiled once for each instruction set, with
-// SIRE_ISA naming it; cpu.cpp picks one at run time. No function of the standard library is instantiated here: the
-// linker might serve another instruction set's callers with it.
+// The recurrent pass of one thread's sequences, and its gradient. Compiled once for each instruction set,
+// with SIRE_ISA naming it; cpu.cpp picks one at run time. No function of the standard library is instantiated
+// here: the linker might serve another instruction set's callers with it.
 //
-// Originals and variants step together. At step t the rows of a product are the states of the originals and of the
-// variants that are inside their span; a variant that starts at t needs no product, since it reads another input
-// next to the original's W_hh h[t-1] + b_hh. The gradient runs the same way back: what such a variant owes to
-// W_hh h[t-1] is added to the original's before that goes through the two products, with W_hh and with the states.
+// Originals and variants step together. At step t the rows of a product are the states of the originals and
+// of the variants that are inside their span; a variant that starts at t needs no product, since it reads
+// another input next to the original's W_hh h[t-1] + b_hh. The gradient runs the same way back: what such a
+// variant owes to W_hh h[t-1] is added to the original's before that goes through the two products, with W_hh
+// and with the states.
 #include "simd.h"
 #include "swap_rnn.h"
 
@@ -17,8 +18,8 @@ int64_t vectors(int64_t n) {
   return (n + Math<T>::width - 1) / Math<T>::width;
 }
 
-// Distance of rows of n values in scratch memory: whole cache lines, and an odd number of them, since powers of two
-// would put the rows of a panel into the same few sets of the cache.
+// Distance of rows of n values in scratch memory: whole cache lines, and an odd number of them, since powers
+// of two would put the rows of a panel into the same few sets of the cache.
 template <class T>
 int64_t stride(int64_t n) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -88,7 +89,8 @@ void step_row(int64_t H, const T* x, const T* u, const T* const* s, T* const* ne
   });
 }
 
-// Its gradient: dx (G*H) is added to, unless null; du (G*H) and ds are written, or with Add added to. ds may be dnext.
+// Its gradient: dx (G*H) is added to, unless null; du (G*H) and ds are written, or with Add added to. ds may
+// be dnext.
 template <class Cell, bool Add, class T>
 void step_backward_row(int64_t H, const T* const* dnext, const T* const* s, const T* const* next,
                        const T* gates, T* dx, T* du, T* const* ds) {
@@ -114,7 +116,8 @@ void step_backward_row(int64_t H, const T* const* dnext, const T* const* s, cons
   });
 }
 
-// Where things lie; P is Forward<T> or Backward<T>, and Value what its pointers to states, gates and spans are to.
+// Where things lie; P is Forward<T> or Backward<T>, and Value what its pointers to states, gates and spans
+// are to.
 template <class Cell, class T, class P, class Value>
 struct Layout {
   const P& p;
@@ -157,7 +160,8 @@ struct Pass {
   // ---------------------------------------------------------------- forward
 
   static int64_t packed_values(const Sizes& z) {
-    const int64_t forward = G * z.H * M::width * vectors<T>(z.H), transposed = z.H * M::width * vectors<T>(G * z.H);
+    const int64_t forward = G * z.H * M::width * vectors<T>(z.H),
+                  transposed = z.H * M::width * vectors<T>(G * z.H);
     return forward > transposed ? forward : transposed;
   }
 
@@ -169,8 +173,7 @@ struct Pass {
     return {(1 + kTileRows) * stride<T>(G * z.H), 0, share.end - share.begin + share.rows};
   }
 
-  static void forward(const Forward<T>& f, const Share& share, const T* packed, T* values,
-                      int64_t* numbers) {
+  static void forward(const Forward<T>& f, const Share& share, const T* packed, T* values, int64_t* numbers) {
     const FlushDenormals guard;
     const Layout<Cell, T, Forward<T>, T> at{f, share.schedule};
     const int64_t B = at.B, H = at.H, width = stride<T>(G * H);
@@ -251,7 +254,8 @@ struct Pass {
     }
   }
 
-  // Where variant v's states and gates go at step t: into its span, or in inference into its result, over and over.
+  // Where variant v's states and gates go at step t: into its span, or in inference into its result, over and
+  // over.
   static T* variant_after(const Forward<T>& f, const Layout<Cell, T, Forward<T>, T>& at, int64_t v, int64_t t,
                           T** s) {
     if (f.train) return at.span(v, t, s);
@@ -292,9 +296,9 @@ struct Pass {
   static Workspace backward_workspace(const Sizes& z, const Share& share) {
     const int64_t states = S * stride<T>(z.H), sequences = share.end - share.begin;
     const int64_t sums = G * z.H * stride<T>(z.H) + stride<T>(G * z.H);
-    return {sums + (sequences + share.rows) * states +
-                collected(share) * (stride<T>(G * z.H) + stride<T>(z.H)),
-            share.rows, sequences + 3 * share.rows};
+    return {
+        sums + (sequences + share.rows) * states + collected(share) * (stride<T>(G * z.H) + stride<T>(z.H)),
+        share.rows, sequences + 3 * share.rows};
   }
 
   static void backward(const Backward<T>& g, const Share& share, const T* packed, T* values, T** pointers,
@@ -321,11 +325,13 @@ struct Pass {
     for (int64_t n = 0; n < share.rows; ++n) free_slots[n] = n;
 
     if (g.dx_proj)
-      for (int64_t t = 0; t < g.size.T; ++t) zero(n_shared * G * H, g.dx_proj + (t * B + share.begin) * G * H);
+      for (int64_t t = 0; t < g.size.T; ++t)
+        zero(n_shared * G * H, g.dx_proj + (t * B + share.begin) * G * H);
     auto dx_row = [&](int64_t t, int64_t b) { return g.dx_proj ? g.dx_proj + (t * B + b) * G * H : nullptr; };
 
     for (int64_t t = share.steps - 1; t >= 0; --t) {
-      if (n_collected + n_shared + n_running + (share.schedule.end_begin[t + 1] - share.schedule.end_begin[t]) >
+      if (n_collected + n_shared + n_running +
+              (share.schedule.end_begin[t + 1] - share.schedule.end_begin[t]) >
           collected(share))
         flush(g, n_collected, du, h_before, dw, db), n_collected = 0;
       T* const du_now = du + n_collected * u_stride;
@@ -407,7 +413,8 @@ struct Pass {
           copy(H, ds_sequences + n * state_stride + k * h_stride, g.d_start[k] + (share.begin + n) * H);
   }
 
-  // The gradient of variant v at its end t, into its own states, (S, H), and for the penalty into the original's.
+  // The gradient of variant v at its end t, into its own states, (S, H), and for the penalty into the
+  // original's.
   static void start_variant(const Backward<T>& g, const Layout<Cell, T, Backward<T>, const T>& at, int64_t v,
                             int64_t t, T* ds_original, T* ds_variant) {
     const int64_t H = at.H;
@@ -453,8 +460,8 @@ struct Pass {
   }
 
   static constexpr Kernels<T> kernels() {
-    return {packed_values, pack_forward, pack_backward, forward_workspace, backward_workspace,
-            forward,       backward,     weight_stride};
+    return {packed_values,      pack_forward, pack_backward, forward_workspace,
+            backward_workspace, forward,      backward,      weight_stride};
   }
 };
 

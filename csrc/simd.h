@@ -1,7 +1,7 @@
-// Vectors of the instruction set that this file is compiled for: arithmetic, exp and tanh, and the register-tiled
-// product. GCC's and Clang's vector types, no intrinsics. Everything is local to the file that includes it
-// (anonymous namespace, nothing of the standard library), so that code built for one instruction set can never be
-// linked into another's.
+// Vectors of the instruction set that this file is compiled for: arithmetic, exp and tanh, and the
+// register-tiled product. GCC's and Clang's vector types, no intrinsics. Everything is local to the file that
+// includes it (anonymous namespace, nothing of the standard library), so that code built for one instruction
+// set can never be linked into another's.
 #pragma once
 
 #include <cstdint>
@@ -134,8 +134,8 @@ struct Columns {
   int64_t vector_step, row_step;
 };
 
-// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns. What is there
-// already is added last: added to first, it would round every term to its own size.
+// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns. What is
+// there already is added last: added to first, it would round every term to its own size.
 template <class T, int R, int N>
 void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step, const T* const* init,
           T* const* out, int64_t column) {
@@ -173,11 +173,15 @@ template <class T, int R>
 void tile_of(int vectors, int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step,
              const T* const* init, T* const* out, int64_t column) {
   switch (vectors) {
-    case 1: return tile<T, R, 1>(K, a, a_step, w, row_step, init, out, column);
-    case 2: return tile<T, R, 2>(K, a, a_step, w, row_step, init, out, column);
+    case 1:
+      return tile<T, R, 1>(K, a, a_step, w, row_step, init, out, column);
+    case 2:
+      return tile<T, R, 2>(K, a, a_step, w, row_step, init, out, column);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 3: return tile<T, R, 3>(K, a, a_step, w, row_step, init, out, column);
-    case 4: return tile<T, R, 4>(K, a, a_step, w, row_step, init, out, column);
+    case 3:
+      return tile<T, R, 3>(K, a, a_step, w, row_step, init, out, column);
+    case 4:
+      return tile<T, R, 4>(K, a, a_step, w, row_step, init, out, column);
 #endif
   }
 }
@@ -192,18 +196,30 @@ void panel(int rows, int64_t vectors, int64_t K, const T* const* a, int64_t a_st
     const T* p = w.p + v * w.vector_step;
     const int64_t step = w.row_step ? w.row_step : n * width;
     switch (rows) {
-      case 1: tile_of<T, 1>(n, K, a, a_step, p, step, init, out, v * width); break;
-      case 2: tile_of<T, 2>(n, K, a, a_step, p, step, init, out, v * width); break;
-      case 3: tile_of<T, 3>(n, K, a, a_step, p, step, init, out, v * width); break;
-      case 4: tile_of<T, 4>(n, K, a, a_step, p, step, init, out, v * width); break;
-      case 5: tile_of<T, 5>(n, K, a, a_step, p, step, init, out, v * width); break;
-      case 6: tile_of<T, 6>(n, K, a, a_step, p, step, init, out, v * width); break;
+      case 1:
+        tile_of<T, 1>(n, K, a, a_step, p, step, init, out, v * width);
+        break;
+      case 2:
+        tile_of<T, 2>(n, K, a, a_step, p, step, init, out, v * width);
+        break;
+      case 3:
+        tile_of<T, 3>(n, K, a, a_step, p, step, init, out, v * width);
+        break;
+      case 4:
+        tile_of<T, 4>(n, K, a, a_step, p, step, init, out, v * width);
+        break;
+      case 5:
+        tile_of<T, 5>(n, K, a, a_step, p, step, init, out, v * width);
+        break;
+      case 6:
+        tile_of<T, 6>(n, K, a, a_step, p, step, init, out, v * width);
+        break;
     }
   }
 }
 
-// Calls body(first, count) for panels of at most kTileRows out of n rows, as equal as they can be: a panel of one
-// row costs almost as much as one of six.
+// Calls body(first, count) for panels of at most kTileRows out of n rows, as equal as they can be: a panel of
+// one row costs almost as much as one of six.
 template <class F>
 void each_panel(int64_t n, F body) {
   const int64_t panels = (n + kTileRows - 1) / kTileRows;
@@ -213,7 +229,8 @@ void each_panel(int64_t n, F body) {
   }
 }
 
-// Reorders a K x N matrix, element (k, n) at from[k * k_step + n * n_step], into the tiles that panel() reads.
+// Reorders a K x N matrix, element (k, n) at from[k * k_step + n * n_step], into the tiles that panel()
+// reads.
 template <class T>
 void pack(const T* from, int64_t k_step, int64_t n_step, int64_t K, int64_t N, T* to) {
   constexpr int width = Math<T>::width, tile_columns = kTileVectors * width;

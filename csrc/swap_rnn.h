@@ -1,9 +1,9 @@
 // The recurrent pass with its swapped variants, and its gradient: what goes in and what comes out.
 //
-// T steps, B sequences, K variants of each, H units; G gates, S states (h, or h and c) and N kept values by cell.
-// Variant v = b * K + k of sequence b exchanges positions i and j, 0 <= i <= j <= end < length, and is followed to
-// step `end`. It shares the original's states up to i - 1, so it is only run over its span i..end; a variant with
-// i == j is the original and is not run at all.
+// T steps, B sequences, K variants of each, H units; G gates, S states (h, or h and c) and N kept values by
+// cell. Variant v = b * K + k of sequence b exchanges positions i and j, 0 <= i <= j <= end < length, and is
+// followed to step `end`. It shares the original's states up to i - 1, so it is only run over its span
+// i..end; a variant with i == j is the original and is not run at all.
 #pragma once
 
 #include <cstdint>
@@ -24,18 +24,18 @@ struct Swaps {
 template <class T>
 struct Forward {
   Sizes size;
-  bool train;           // keep gates and spans
-  const T* x_proj;      // (T, B, G*H)
-  const T* w_hh;        // (G*H, H)
-  const T* b_hh;        // (G*H) or null
-  const T* start[2];    // h0, c0: (B, H); c0 is null where S = 1
+  bool train;         // keep gates and spans
+  const T* x_proj;    // (T, B, G*H)
+  const T* w_hh;      // (G*H, H)
+  const T* b_hh;      // (G*H) or null
+  const T* start[2];  // h0, c0: (B, H); c0 is null where S = 1
   Swaps swaps;
-  T* states[2];         // output and cells: (T, B, H), 0 beyond a sequence's length
-  T* last[2];           // h_n, c_n: (B, H)
-  T* variants[2];       // variants, variant_cells: (B, K, H)
-  T* penalty;           // (B, K)
-  T* gates;             // (T, B, N*H), 0 beyond a sequence's length, if train
-  T* spans;             // a row of (S + N)*H, states and gates, for each step of each span, if train
+  T* states[2];    // output and cells: (T, B, H), 0 beyond a sequence's length
+  T* last[2];      // h_n, c_n: (B, H)
+  T* variants[2];  // variants, variant_cells: (B, K, H)
+  T* penalty;      // (B, K)
+  T* gates;        // (T, B, N*H), 0 beyond a sequence's length, if train
+  T* spans;        // a row of (S + N)*H, states and gates, for each step of each span, if train
 };
 
 template <class T>
@@ -51,9 +51,9 @@ struct Backward {
   const T* states[2];  // ... and what it kept
   const T* gates;
   const T* spans;
-  T* dx_proj;    // (T, B, G*H); each of the results may be null if it is not wanted
-  T* dw_hh;      // (G*H, H)
-  T* db_hh;      // (G*H)
+  T* dx_proj;     // (T, B, G*H); each of the results may be null if it is not wanted
+  T* dw_hh;       // (G*H, H)
+  T* db_hh;       // (G*H)
   T* d_start[2];  // (B, H)
 };
 
@@ -68,10 +68,10 @@ struct Schedule {
 
 // A thread's share of the work: whole sequences, all of their steps.
 struct Share {
-  int64_t begin, end;    // sequences
-  int64_t steps;         // longest of them
-  int64_t rows;          // most rows, originals and running variants, that any step has a product for
-  Schedule schedule;     // of this share's variants alone
+  int64_t begin, end;  // sequences
+  int64_t steps;       // longest of them
+  int64_t rows;        // most rows, originals and running variants, that any step has a product for
+  Schedule schedule;   // of this share's variants alone
 };
 
 // How much of what a share needs to work in, by cell, for its caller to allocate.

@@ -1,7 +1,7 @@
 """Fused training of recurrent networks that do not care about the order of their input (SIRE).
 
-    model = sire_fast.convert(model, swaps=sire_fast.swaps.Adjacent(8))
-    loss = task_loss(model(x), y) + weight * sire_fast.penalty(model)
+model = sire_fast.convert(model, swaps=sire_fast.swaps.Adjacent(8))
+loss = task_loss(model(x), y) + weight * sire_fast.penalty(model)
 """
 
 import warnings

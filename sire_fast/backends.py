@@ -20,9 +20,7 @@ BACKENDS: dict[str, Callable[..., list[str]]] = {"cpu": cpu.why_not, "reference"
 _forced: str | None = None
 
 
-def why_not(
-    backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int
-) -> list[str]:
+def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:
     """The reasons why a backend cannot serve such a call, none if it can.
 
     Args:
@@ -42,9 +40,7 @@ def why_not(
     return BACKENDS[backend](cell=cell, dtype=dtype, device=torch.device(device), hidden_size=hidden_size)
 
 
-def choose(
-    backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int
-) -> str:
+def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> str:
     """The backend that serves a call: the named one, or for "auto" the forced one or else the first that can.
 
     Raises:
@@ -60,13 +56,11 @@ def choose(
     return backend
 
 
-def why_no_kernel(
-    *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int
-) -> list[str]:
+def why_no_kernel(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:
     """The reasons why no compiled backend serves such a call, none if one does or if a backend is forced."""
     call = {"cell": cell, "dtype": dtype, "device": torch.device(device), "hidden_size": hidden_size}
-    reasons = [why_not(name, **call) for name in BACKENDS if name != "reference"]
-    return [] if _forced or not all(reasons) else sum(reasons, [])
+    kernels = [why_not(name, **call) for name in BACKENDS if name != "reference"]
+    return [] if _forced or not all(kernels) else [reason for reasons in kernels for reason in reasons]
 
 
 @contextmanager

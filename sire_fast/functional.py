@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sire_fast import backends, ops, reference
@@ -63,9 +62,7 @@ def swap_rnn(
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
     reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
-    name = backends.choose(
-        backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1]
-    )
+    name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1])
     if name == "reference":
         return reference.swap_rnn(cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths)
     ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)

@@ -71,7 +71,10 @@ class _SwapLayer(nn.RNNBase):
             reasons.append(f"proj_size={self.proj_size}: fused without a projection")
         weight = self.weight_hh_l0
         return reasons + backends.why_no_kernel(
-            cell=_MODE_CELLS[self.mode], dtype=weight.dtype, device=weight.device, hidden_size=self.hidden_size
+            cell=_MODE_CELLS[self.mode],
+            dtype=weight.dtype,
+            device=weight.device,
+            hidden_size=self.hidden_size,
         )
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
@@ -159,9 +162,7 @@ class _SwapLayer(nn.RNNBase):
         names = self._all_weights[layer * directions : (layer + 1) * directions]
         return [getattr(self, name) for group in names for name in group]
 
-    def _fused(
-        self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor | None
-    ) -> tuple[Tensor, States]:
+    def _fused(self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor | None) -> tuple[Tensor, States]:
         """One layer in one direction, on the operator."""
         w_ih, w_hh, *biases = self._weights(0)
         b_ih, b_hh = biases or (None, None)

@@ -66,9 +66,7 @@ def span_rows(steps: int, swaps: Tensor, ends: Tensor) -> int:
     return int(torch.where(i < j, ends - i + 1, 0).clamp(min=0).sum())
 
 
-def _shapes(
-    cell: str, x_proj: Tensor, h0: Tensor, swaps: Tensor, span_rows: int, train: bool
-) -> list[tuple[int, ...]]:
+def _shapes(cell: str, x_proj: Tensor, h0: Tensor, swaps: Tensor, span_rows: int, train: bool) -> list[tuple[int, ...]]:
     steps, batch, _ = x_proj.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
@@ -105,9 +103,7 @@ def _forward(
     # here and not where shapes are checked, so that a compiled graph checks them too
     reference.check_positions(x_proj.shape[0], swaps, ends, lengths)
     outputs = [x_proj.new_empty(shape) for shape in _shapes(cell, x_proj, h0, swaps, span_rows, train)]
-    _IMPLEMENTATIONS[backend].forward(
-        cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, train, *outputs
-    )
+    _IMPLEMENTATIONS[backend].forward(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, train, *outputs)
     return tuple(outputs)
 
 

@@ -12,9 +12,7 @@ from sire_fast.reference import check_positions, with_variants
 from sire_fast.swaps import Sampler
 
 
-def penalty(
-    model: nn.Module, through: Callable[[Tensor], Tensor] | None = None, state: str = "output"
-) -> Tensor:
+def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None, state: str = "output") -> Tensor:
     """The swap penalty of a model's last forward.
 
     It is the mean over sequences and variants of the squared distance between what a layer computes for a sequence
@@ -58,14 +56,12 @@ def penalty(
     return torch.stack([_layer_penalty(layer, run, through, state) for layer, run in passes]).sum()
 
 
-def _layer_penalty(
-    layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Tensor] | None, state: str
-) -> Tensor:
+def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
     row = torch.arange(run.at.shape[0], device=run.at.device)[:, None]
     each, count = run.penalty, run.penalty.numel()
     if through is not None and count:
         base, variants = run.output[run.at, row].unbind(1), run.variants.unbind(1)
-        compared = _alike(through, [*base, *variants])
+        compared = _alike("through", through, [*base, *variants])
         each = _distances(compared[: len(base)], compared[len(base) :])
     if state == "all" and layer.mode == "LSTM":
         if run.cells is None or run.variant_cells is None:
@@ -110,18 +106,15 @@ def swap_penalty(
     """
     sequences = x.transpose(0, 1) if batch_first else x
     steps, batch = sequences.shape[:2]
-    if isinstance(swaps, Tensor):
-        pairs = swaps
-    else:
-        pairs = swaps(steps if lengths is None else lengths, batch, None, x.device)
-    if pairs.shape != (batch, pairs.shape[1], 2) or pairs.dtype != torch.int64:
-        raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
     limits = torch.full((batch,), steps, device=x.device) if lengths is None else lengths
+    pairs = swaps if isinstance(swaps, Tensor) else swaps(limits, batch, None, x.device)
+    if pairs.dim() != 3 or pairs.shape[::2] != (batch, 2) or pairs.dtype != torch.int64:
+        raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
     check_positions(steps, pairs, (limits - 1)[:, None].expand(pairs.shape[:2]), limits)
     rows = with_variants(sequences, pairs).unbind(2)  # 1 + K of (T, B, ...)
-    base, *variants = _alike(fn, [r.transpose(0, 1) if batch_first else r for r in rows], 0 if batch_first else 1)
-    if base.dim() == 0 or base.shape[0] != batch:
-        raise ValueError(f"fn: expected a result of shape ({batch}, ...), got {tuple(base.shape)}")
+    if batch_first:
+        rows = [row.transpose(0, 1) for row in rows]
+    base, *variants = _alike("fn", fn, rows, dim=0 if batch_first else 1)
     if not variants:
         return base.new_zeros(())
     return _distances([base] * len(variants), variants).mean()
@@ -132,13 +125,16 @@ def _distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return (torch.stack(b, 1) - torch.stack(a, 1)).flatten(2).square().sum(-1)
 
 
-def _alike(fn: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
-    """fn of each of several inputs of one shape, all with the same random numbers; in one call for all but the
-    first, joined along `dim`, if fn draws none."""
+def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    """The argument `name`, fn, of each of several inputs of one shape, all with the same random numbers; in one call
+    for all but the first, joined along their batch dimension `dim`, if fn draws none."""
     cuda = [inputs[0].device] if inputs[0].is_cuda else []
     before = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
     first, rest = fn(inputs[0]), inputs[1:]
     after = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
+    batch = inputs[0].shape[dim]
+    if first.dim() == 0 or first.shape[0] != batch:
+        raise ValueError(f"{name}: expected a result of shape ({batch}, ...), got {tuple(first.shape)}")
     if not rest:
         return [first]
     if all(torch.equal(a, b) for a, b in zip([before[0], *before[1]], [after[0], *after[1]], strict=True)):

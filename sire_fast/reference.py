@@ -68,8 +68,7 @@ def swap_rnn(
         history.append(states)
 
     output, *cells = (
-        torch.where(inside[..., None], torch.stack([s[:, 0] for s in track]), 0)
-        for track in zip(*history, strict=True)
+        torch.where(inside[..., None], torch.stack([s[:, 0] for s in track]), 0) for track in zip(*history, strict=True)
     )
     compared = []
     base = [track[ends, row[:, None]] for track in (output, *cells)]
@@ -95,9 +94,7 @@ def with_variants(x: Tensor, swaps: Tensor) -> Tensor:
     return x[position.permute(2, 0, 1), torch.arange(batch, device=x.device)[:, None]]
 
 
-def fill_defaults(
-    x_proj: Tensor, swaps: Tensor, ends: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def fill_defaults(x_proj: Tensor, swaps: Tensor, ends: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """`ends` and `lengths` as tensors: variants run to the last step of sequences of full length by default."""
     if lengths is None:
         lengths = x_proj.new_full((x_proj.shape[1],), x_proj.shape[0], dtype=torch.int64)

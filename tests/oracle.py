@@ -31,7 +31,15 @@ class Case(NamedTuple):
 
 
 # sizes on either side of a vector (4, 8, 16 floats), of a tile's 6 rows and 4 vectors, and of one thread's share
-SIZES = [(7, 5, 3, 4), (1, 1, 1, 1), (9, 3, 17, 2), (5, 4, 33, 0), (12, 7, 64, 3), (6, 13, 65, 5), (3, 1, 16, 9)]
+SIZES = [
+    (7, 5, 3, 4),
+    (1, 1, 1, 1),
+    (9, 3, 17, 2),
+    (5, 4, 33, 0),
+    (12, 7, 64, 3),
+    (6, 13, 65, 5),
+    (3, 1, 16, 9),
+]
 
 CASES = [
     Case(cell, *size, bias=n % 3 > 0, ragged=n % 2 > 0, compare=compare)

@@ -217,9 +217,7 @@ def test_a_pair_that_exchanges_nothing_is_the_original(cell: str, backend: str) 
 def test_a_cell_that_sums_has_no_order(backend: str) -> None:
     x = torch.randint(1, 100, (9, 4, 8)).float()
     pairs = swaps.Uniform(5)(9, 4)
-    run = functional.swap_rnn(
-        "rnn_relu", x, torch.eye(8), None, torch.zeros(4, 8), swaps=pairs, backend=backend
-    )
+    run = functional.swap_rnn("rnn_relu", x, torch.eye(8), None, torch.zeros(4, 8), swaps=pairs, backend=backend)
     assert torch.equal(run.h_n, x.sum(0))
     assert (run.penalty == 0).all()
 
@@ -326,7 +324,7 @@ def test_refuses_unknown_names() -> None:
 
 def test_a_named_backend_is_used_or_refused() -> None:
     arguments = cast(make(Case("gru", 4, 2, 3, 1)), torch.bfloat16)
-    with pytest.raises(NotImplementedError, match="computes in float32 and float64, got torch.bfloat16"):
+    with pytest.raises(NotImplementedError, match=r"computes in float32 and float64, got torch\.bfloat16"):
         functional.swap_rnn("gru", **arguments, backend="cpu")
     with backends.use("cpu"), pytest.raises(NotImplementedError):
         functional.swap_rnn("gru", **arguments)

@@ -37,7 +37,15 @@ def test_is_the_definition(cell: str) -> None:
         return h if c0 is None else (h, c0[b].view(1, 1, -1))
 
     got = reference.swap_rnn(
-        cell, _project(layer, x), layer.weight_hh_l0, layer.bias_hh_l0, h0, c0, swaps=swaps, ends=ends, lengths=lengths
+        cell,
+        _project(layer, x),
+        layer.weight_hh_l0,
+        layer.bias_hh_l0,
+        h0,
+        c0,
+        swaps=swaps,
+        ends=ends,
+        lengths=lengths,
     )
     for b in range(2):
         sequence = x[: lengths[b], b : b + 1]

@@ -1,0 +1,32 @@
+# make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png
+# make test   sets up .venv, runs the tests
+# make lint   ruff and clang-format; make format applies both
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint format clean
+
+# set up again only when what was installed has changed
+.venv/ready: pyproject.toml setup.py .constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable ".[test,lint]"
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/sire-fast demo --out runs/demo --force
+
+test: .venv/ready
+	$(BIN)/pytest -q --benchmark-disable
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+clean:
+	rm -rf .venv build dist runs *.egg-info sire_fast/*.so

@@ -1,0 +1,466 @@
+"""The layers: torch.nn's in all but the penalty, on the fused and on the stacked path."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import sire_fast
+from sire_fast import backends
+from sire_fast.swaps import Adjacent, Pairs, Uniform
+
+PAIRS = {"RNN": (sire_fast.RNN, nn.RNN), "GRU": (sire_fast.GRU, nn.GRU), "LSTM": (sire_fast.LSTM, nn.LSTM)}
+OPTIONS = {
+    "plain": {},
+    "batch_first": {"batch_first": True},
+    "no-bias": {"bias": False},
+    "layers": {"num_layers": 2},
+    "bidirectional": {"bidirectional": True},
+    "all": {"num_layers": 3, "bidirectional": True, "batch_first": True, "bias": False},
+    "projection": {"proj_size": 3},
+    "projection-all": {"proj_size": 3, "num_layers": 2, "bidirectional": True},
+}
+LAYERS = [
+    pytest.param(name, options, id=f"{name}-{kind}")
+    for name in PAIRS
+    for kind, options in OPTIONS.items()
+    if name == "LSTM" or "proj_size" not in options
+] + [pytest.param("RNN", {"nonlinearity": "relu"}, id="RNN-relu")]
+
+
+def build(name: str, options: dict[str, Any], **swap_options: Any) -> tuple[Any, nn.RNNBase]:
+    """Our layer and torch's, with the same weights, in float64."""
+    ours, theirs = PAIRS[name]
+    theirs = theirs(4, 6, **options).double()
+    ours = ours(4, 6, **options, **swap_options).double()
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def states(layer: nn.RNNBase, batch: int | None) -> Any:
+    rows = layer.num_layers * (2 if layer.bidirectional else 1)
+    shape = (rows,) if batch is None else (rows, batch)
+    h = torch.randn(*shape, layer.proj_size or 6, dtype=torch.float64)
+    return (h, torch.randn(*shape, 6, dtype=torch.float64)) if layer.mode == "LSTM" else h
+
+
+def data(result: Any) -> Any:
+    output, last = result
+    return (output.data if isinstance(output, PackedSequence) else output), last
+
+
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+@pytest.mark.parametrize("given_states", [False, True], ids=["", "hx"])
+@pytest.mark.parametrize("form", ["batched", "unbatched", "packed"])
+def test_computes_what_torch_does(name: str, options: dict[str, Any], given_states: bool, form: str) -> None:
+    """With swaps and without, in training and evaluation, and for every form of input."""
+    ours, theirs = build(name, options, swaps=Uniform(2))
+    if form == "packed":
+        x = pack_sequence([torch.randn(n, 4, dtype=torch.float64) for n in (3, 7, 1, 7)], enforce_sorted=False)
+    else:
+        x = torch.randn(*((7, 4) if form == "unbatched" else (7, 5, 4)), dtype=torch.float64)
+    batch = {"batched": 7 if theirs.batch_first else 5, "unbatched": None, "packed": 4}[form]
+    hx = (states(theirs, batch),) if given_states else ()
+    expected = theirs(x, *hx)
+    torch.testing.assert_close(data(ours(x, *hx)), data(expected))
+    if form == "packed":
+        got = ours(x, *hx)[0]
+        assert all(torch.equal(a, b) for a, b in zip(got[1:], expected[0][1:], strict=True))
+    ours.eval()
+    torch.testing.assert_close(data(ours(x, *hx)), data(expected))
+    ours.train().swaps = None
+    torch.testing.assert_close(data(ours(x, *hx)), data(expected))
+
+
+def by_hand(layer: nn.RNNBase, x: Tensor, pairs: Tensor, compare: str) -> Tensor:
+    """The penalty, from torch's layer on every swapped sequence on its own."""
+    distances = []
+    for b, row in enumerate(pairs.tolist()):
+        for i, j in row:
+            sequence = x[:, b : b + 1]
+            order = list(range(len(x)))
+            order[i], order[j] = order[j], order[i]
+            outputs = []
+            for s in (sequence, sequence[order]):
+                y, _ = layer(s)
+                y = y[:, 0]
+                if not layer.bidirectional:
+                    outputs.append(y[j if compare == "swap" else -1])
+                    continue
+                ahead, back = y.chunk(2, -1)
+                at = (j, i) if compare == "swap" else (-1, 0)
+                outputs.append(torch.cat((ahead[at[0]], back[at[1]])))
+            distances.append((outputs[1] - outputs[0]).square().sum())
+    return torch.stack(distances).mean()
+
+
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+@pytest.mark.parametrize("compare", ["end", "swap"])
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_penalty_is_its_definition(
+    name: str, options: dict[str, Any], compare: str, backend: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed = torch.tensor([[[0, 5], [1, 2]], [[2, 2], [3, 6]], [[0, 1], [5, 6]]])
+    ours, theirs = build(name, options | {"batch_first": False}, swaps=lambda *_: fixed, compare=compare)
+    x = torch.randn(7, 3, 4, dtype=torch.float64)
+    if backend:
+        monkeypatch.setattr(backends, "_forced", backend)
+    ours(x)
+    expected = by_hand(theirs, x, fixed, compare)
+    got = sire_fast.penalty(ours)
+    torch.testing.assert_close(got, expected)
+    gradients = torch.autograd.grad(got, list(ours.parameters()), allow_unused=True, materialize_grads=True)
+    truth = torch.autograd.grad(expected, list(theirs.parameters()), allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(gradients, truth)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=["fused", "stacked"])
+def test_packed_sequences_swap_inside_their_lengths(name: str, options: dict[str, Any]) -> None:
+    ours, theirs = build(name, options, swaps=Adjacent("all"), compare="end")
+    sequences = [torch.randn(n, 4, dtype=torch.float64) for n in (2, 5, 1)]
+    ours(pack_sequence(sequences, enforce_sorted=False))
+    each = [
+        by_hand(theirs, s[:, None], Adjacent("all")(len(s), 1), "end") * (len(s) - 1) for s in sequences if len(s) > 1
+    ]
+    torch.testing.assert_close(sire_fast.penalty(ours), sum(each) / (3 * 4))
+
+
+def test_dropout_masks_are_shared() -> None:
+    """Independent masks would make the penalty of a swap of equal inputs large; it must be 0."""
+    layer = sire_fast.GRU(4, 6, num_layers=3, dropout=0.8, swaps=Uniform(4), compare="end").double()
+    layer(torch.ones(5, 3, 4, dtype=torch.float64))
+    assert sire_fast.penalty(layer).item() < 1e-25
+    head = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5)).double()
+    assert sire_fast.penalty(layer, through=head).item() < 1e-25
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_penalty_through_a_head(dropout: float) -> None:
+    ours, theirs = build("GRU", {}, swaps=lambda *_: torch.tensor([[[0, 2]], [[1, 3]]]), compare="end")
+    head = nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Dropout(dropout)).double()
+    x = torch.randn(5, 2, 4, dtype=torch.float64)
+    ours(x)
+    torch.manual_seed(1)
+    got = sire_fast.penalty(ours, through=head)
+    swapped = x.clone()
+    swapped[[0, 2], 0], swapped[[1, 3], 1] = x[[2, 0], 0], x[[3, 1], 1]
+    torch.manual_seed(1)
+    original = head(theirs(x)[0][-1])
+    torch.manual_seed(1)
+    torch.testing.assert_close(got, (head(theirs(swapped)[0][-1]) - original).square().sum(-1).mean())
+    before = torch.get_rng_state()
+    sire_fast.penalty(ours, through=head)
+    assert torch.equal(before, torch.get_rng_state()) == (dropout == 0)  # as many draws as one call of the head
+
+
+@pytest.mark.parametrize("compare", ["end", "swap"])
+def test_penalty_of_all_states(compare: str) -> None:
+    ours, theirs = build("LSTM", {}, swaps=lambda *_: torch.tensor([[[1, 3]]]), compare=compare)
+    x = torch.randn(6, 1, 4, dtype=torch.float64)
+    ours(x)
+    until = 4 if compare == "swap" else 6
+    (_, one), (_, other) = theirs(x[:until]), theirs(x[[0, 3, 2, 1, 4, 5]][:until])
+    expected = sum((a - b).square().sum() for a, b in zip(one, other, strict=True))
+    torch.testing.assert_close(sire_fast.penalty(ours, state="all"), expected)
+    assert sire_fast.penalty(ours) < expected
+
+
+def test_penalty_of_all_states_where_c_is_unknown() -> None:
+    layer = sire_fast.LSTM(4, 6, num_layers=2, swaps=Uniform(1), compare="swap")
+    layer(torch.randn(5, 2, 4))
+    with pytest.raises(NotImplementedError, match="num_layers=2"):
+        sire_fast.penalty(layer, state="all")
+
+
+def test_penalties_of_several_layers_add_up() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.GRU(4, 6), nn.LSTM(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)[0])[0][-1]
+
+    model = sire_fast.convert(Two(), swaps=Uniform(3), compare="end")
+    model(torch.randn(7, 2, 4)).sum()
+    both = sire_fast.penalty(model.first) + sire_fast.penalty(model.second)
+    torch.testing.assert_close(sire_fast.penalty(model), both)
+    with pytest.raises(ValueError, match="through: expected a model with one sire_fast layer, got one with 2"):
+        sire_fast.penalty(model, through=nn.Identity())
+
+
+def test_no_pair_to_swap_is_no_penalty() -> None:
+    layer = sire_fast.GRU(4, 6, swaps=Adjacent("all"))
+    layer(torch.randn(1, 2, 4))
+    assert sire_fast.penalty(layer).item() == 0
+
+
+def test_penalty_when_there_is_none() -> None:
+    with pytest.raises(ValueError, match="expected a sire_fast layer in it, found none"):
+        sire_fast.penalty(nn.GRU(4, 6))
+    layer = sire_fast.GRU(4, 6)
+    with pytest.raises(RuntimeError, match="no layer has swaps"):
+        sire_fast.penalty(layer)
+    layer.swaps = Uniform(1)
+    with pytest.raises(RuntimeError, match="run a forward in training mode first"):
+        sire_fast.penalty(layer)
+    layer(torch.randn(3, 2, 4))
+    layer.eval()(torch.randn(3, 2, 4))
+    assert sire_fast.penalty(layer).item() == 0  # not that of the training pass before
+    with pytest.raises(ValueError, match="state: expected output or all, got 'c'"):
+        sire_fast.penalty(layer, state="c")
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_swap_penalty_of_any_function(batch_first: bool, dropout: float) -> None:
+    layer = nn.GRU(4, 6, batch_first=batch_first).double()
+    drop = nn.Dropout(dropout)
+    pairs = torch.tensor([[[0, 2], [1, 1]], [[1, 3], [0, 4]], [[2, 3], [0, 1]]])
+    x = torch.randn(5, 3, 4, dtype=torch.float64)
+
+    def last(x: Tensor) -> Tensor:
+        y = layer(x)[0]
+        return drop(y[:, -1] if batch_first else y[-1])
+
+    got = sire_fast.swap_penalty(last, x.transpose(0, 1) if batch_first else x, pairs, batch_first=batch_first)
+    if not dropout:
+        ours = sire_fast.GRU(4, 6, swaps=lambda *_: pairs, compare="end").double()
+        ours.load_state_dict(layer.state_dict())
+        ours(x)
+        torch.testing.assert_close(got, sire_fast.penalty(ours))
+    same = sire_fast.swap_penalty(
+        last, torch.ones_like(x.transpose(0, 1) if batch_first else x), Uniform(3), batch_first=batch_first
+    )
+    assert same.item() < 1e-25
+
+
+def test_swap_penalty_refuses() -> None:
+    x = torch.randn(5, 3, 4)
+    with pytest.raises(ValueError, match="swaps: expected positions inside"):
+        sire_fast.swap_penalty(lambda x: x[-1], x, torch.tensor([[[0, 5]]] * 3))
+    with pytest.raises(ValueError, match=r"swaps: expected \(3, K, 2\)"):
+        sire_fast.swap_penalty(lambda x: x[-1], x, torch.tensor([[[0, 1]]]))
+    with pytest.raises(ValueError, match=r"fn: expected a result of shape \(3, ...\)"):
+        sire_fast.swap_penalty(lambda x: x.sum(), x, Uniform(2))
+    assert sire_fast.swap_penalty(lambda x: x[-1], x, Uniform(2), lengths=torch.tensor([1, 1, 1])).item() == 0
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_state_dict_and_defaults_are_torchs(name: str) -> None:
+    ours, theirs = PAIRS[name]
+    torch.manual_seed(3)
+    a = ours(4, 6, 2, bidirectional=True)
+    torch.manual_seed(3)
+    b = theirs(4, 6, 2, bidirectional=True)
+    assert list(a.state_dict()) == list(b.state_dict())
+    for key, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[key])
+    b.load_state_dict(a.state_dict())
+    assert a.swaps is None
+    assert repr(theirs(3, 5)) == repr(ours(3, 5))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_errors_are_torchs(name: str) -> None:
+    """The same exception for the same mistake, on both paths."""
+    mistakes = [
+        torch.randn(4),
+        torch.randn(5, 3, 9),
+        torch.randn(5, 3, 4, 1),
+        torch.randn(5, 3, 4).double(),
+        torch.randn(5, 3, 4).int(),
+    ]
+    for options in ({}, {"num_layers": 2}):
+        ours, theirs = (kind(4, 6, **options) for kind in PAIRS[name])
+        ours.swaps = Uniform(2)
+        for x in mistakes:
+            with pytest.raises((RuntimeError, ValueError)) as expected:
+                theirs(x)
+            with pytest.raises(expected.type):
+                ours(x)
+        wrong_states = [torch.randn(1, 6), torch.randn(7, 3, 6), torch.randn(1, 3, 2)]
+        for h in wrong_states:
+            hx = (h, h) if name == "LSTM" else h
+            with pytest.raises((RuntimeError, ValueError)) as expected:
+                theirs(torch.randn(5, 3, 4), hx)
+            with pytest.raises(expected.type):
+                ours(torch.randn(5, 3, 4), hx)
+    for arguments in ((4, 0), (0, 4), (4, 6, 0), (4, 6.0)):
+        with pytest.raises((ValueError, TypeError)) as expected:
+            PAIRS[name][1](*arguments)
+        with pytest.raises(expected.type):
+            PAIRS[name][0](*arguments)
+
+
+def test_refuses() -> None:
+    with pytest.raises(ValueError, match="compare: expected one of end, swap, got 'middle'"):
+        sire_fast.GRU(4, 6, compare="middle")
+    with pytest.raises(ValueError, match="swaps: expected a sampler"):
+        sire_fast.GRU(4, 6, swaps=4)
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+        sire_fast.GRU(4, 6, proj_size=2)
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'elu'"):
+        sire_fast.RNN(4, 6, nonlinearity="elu")
+    with pytest.raises(ValueError, match="expected at least one step and one sequence"):
+        sire_fast.GRU(4, 6)(torch.randn(0, 2, 4))
+    with pytest.raises(ValueError, match="swaps: expected positions inside the sequence"):
+        sire_fast.GRU(4, 6, swaps=lambda *_: torch.tensor([[[0, 9]]]))(torch.randn(5, 1, 4))
+
+
+def test_says_why_it_is_not_fused() -> None:
+    assert sire_fast.LSTM(4, 6).why_not_fused() == []
+    slow = sire_fast.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3).half().why_not_fused()
+    assert [reason.split(":")[0] for reason in slow] == [
+        "num_layers=2",
+        "bidirectional=True",
+        "proj_size=3",
+        "cpu",
+    ]
+    with backends.use("reference"):
+        assert sire_fast.GRU(4, 6).half().why_not_fused() == []
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}], ids=["fused", "stacked"])
+def test_copies_and_pickles_while_it_holds_a_penalty(options: dict[str, Any]) -> None:
+    layer = sire_fast.GRU(4, 6, swaps=Pairs(2, [(0, 1), (1, 3)]), **options)
+    x = torch.randn(5, 2, 4)
+    layer(x)
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(file, weights_only=False),
+    ):
+        assert twin.swaps == layer.swaps
+        torch.testing.assert_close(twin.eval()(x), layer(x))
+    assert sire_fast.penalty(layer).requires_grad
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.head = (
+            nn.Embedding(10, 4),
+            nn.LSTM(4, 6, batch_first=True),
+            nn.Linear(6, 1),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(tokens))[0][:, -1])
+
+
+def test_convert_keeps_everything_but_the_penalty() -> None:
+    model = Model()
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    layer, weight = model.rnn, model.rnn.weight_hh_l0
+    seen = []
+    layer.register_forward_hook(lambda *_: seen.append(1))
+    tokens = torch.randint(10, (3, 7))
+    before, keys = model(tokens), list(model.state_dict())
+    assert sire_fast.convert(model) is model
+    assert model.rnn is layer
+    assert isinstance(layer, sire_fast.LSTM)
+    assert layer.weight_hh_l0 is weight
+    assert layer.swaps == Adjacent(8)
+    assert layer.compare == "swap"
+    assert list(model.state_dict()) == keys
+    torch.testing.assert_close(model(tokens), before)
+    assert len(seen) == 2
+    (model(tokens).square().mean() + sire_fast.penalty(model)).backward()
+    old = weight.detach().clone()
+    optimiser.step()
+    assert not torch.equal(old, weight)
+    sire_fast.convert(model, swaps=None)
+    assert layer.swaps is None
+
+
+def test_convert_reaches_a_bare_layer_and_parametrized_ones() -> None:
+    assert isinstance(sire_fast.convert(nn.GRU(4, 6)), sire_fast.GRU)
+    layer = parametrizations.weight_norm(nn.GRU(4, 6), "weight_hh_l0")
+    x = torch.randn(5, 2, 4)
+    before = layer(x)
+    sire_fast.convert(layer, swaps=Uniform(2), compare="end")
+    assert isinstance(layer, sire_fast.GRU)
+    torch.testing.assert_close(layer(x), before)
+    sire_fast.penalty(layer).backward()
+    assert layer.parametrizations.weight_hh_l0.original1.grad.abs().sum() > 0
+
+
+def test_convert_names_what_it_leaves() -> None:
+    class Mine(nn.GRU):
+        pass
+
+    with pytest.warns(UserWarning, match="Mine is a subclass of torch's layer and stays as it is"):
+        sire_fast.convert(nn.Sequential(Mine(4, 6), nn.GRU(6, 6)))
+    with pytest.raises(ValueError, match=r"expected a torch\.nn\.RNN, GRU or LSTM in it, found none"):
+        sire_fast.convert(nn.Linear(2, 2))
+
+
+def test_swaps_follow_torchs_seed() -> None:
+    layer, x = sire_fast.GRU(4, 6, swaps=Uniform(2), compare="end"), torch.randn(9, 3, 4)
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        layer(x)
+        drawn.append(sire_fast.penalty(layer).item())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_other_ways_to_run_a_model() -> None:
+    """functional_call's weights, frozen parameters, half precision around the layer, a compiled model."""
+    model = sire_fast.convert(Model(), swaps=Uniform(2), compare="end")
+    tokens = torch.randint(10, (3, 7))
+    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    assert (torch.func.functional_call(model, zeros, (tokens,)) == 0).all()
+
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    model(tokens).sum().backward()
+    assert model.rnn.weight_hh_l0.grad is None
+    model.requires_grad_(True)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens)
+        penalty = sire_fast.penalty(model)
+    assert penalty.dtype == torch.float32
+    penalty.backward()
+    assert model.rnn.weight_hh_l0.grad.dtype == torch.float32
+
+    def loss(tokens: Tensor) -> Tensor:
+        return model(tokens).square().mean() + sire_fast.penalty(model)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for shape in ((3, 7), (2, 9), (4, 5)):
+        tokens = torch.randint(10, shape)
+        values = []
+        for run in (loss, compiled):
+            torch.manual_seed(0)
+            values.append(run(tokens))
+        torch.testing.assert_close(*values)
+    values[1].backward()
+
+
+def test_checkpointing_draws_the_same_swaps_again() -> None:
+    layer, x = sire_fast.GRU(4, 6, swaps=Uniform(2), compare="end"), torch.randn(9, 3, 4, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return layer(x)[0].sum() + sire_fast.penalty(layer)
+
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        value = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
+        gradients.append(torch.autograd.grad(value, [x, layer.weight_hh_l0]))
+    torch.testing.assert_close(*gradients)
