@@ -119,7 +119,7 @@ class Window(_Drawn):
 
 
 @dataclass(frozen=True)
-class Adjacent:
+class Adjacent(_Drawn):
     """Swaps of neighbours, (i, i + 1): the form of the SIRE paper.
 
     Args:
@@ -127,7 +127,7 @@ class Adjacent:
             (shorter sequences in the batch get i == j in place of the pairs that they lack).
     """
 
-    k: int | str
+    k: int | str  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.k != "all":
@@ -142,12 +142,17 @@ class Adjacent:
     ) -> Tensor:
         """Draw the swaps of one pass; arguments and result as for the other samplers, K = max(T) - 1 for "all"."""
         if self.k != "all":
-            return Window(self.k, 1)(lengths, batch, generator, device)  # type: ignore[arg-type]
+            return super().__call__(lengths, batch, generator, device)
         longest = lengths if isinstance(lengths, int) else int(lengths.max())
         lengths = _as_lengths(lengths, batch, device)
-        i = torch.arange(longest - 1, device=lengths.device).expand(batch, -1)
-        pairs = torch.stack((i, i + 1), -1)
-        return torch.where((i + 1 < lengths[:, None])[..., None], pairs, 0)
+        pairs = torch.stack(self._pair(torch.arange(longest - 1, device=lengths.device), lengths), -1)
+        return torch.where((pairs[:, 1] < lengths[:, None])[..., None], pairs, 0)
+
+    def _count(self, lengths: Tensor) -> Tensor:
+        return lengths - 1
+
+    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return index, index + 1
 
 
 @dataclass(frozen=True)

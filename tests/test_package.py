@@ -1,0 +1,76 @@
+"""What a user meets first: the import, with and without the extension, and the examples in the documentation."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sire_fast
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    f"sire_fast.{module.name}" for module in pkgutil.iter_modules(sire_fast.__path__) if module.name != "__main__"
+]
+
+
+def _python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_without_the_extension_one_warning_says_why_and_the_reference_serves() -> None:
+    done = _python(
+        "import sys, torch\n"
+        "sys.modules['sire_fast._C'] = None\n"
+        "import sire_fast\n"
+        "print(sire_fast.backends.choose('auto', cell='gru', dtype=torch.float32, device='cpu', hidden_size=5))\n"
+        "layer = sire_fast.GRU(4, 5, swaps=sire_fast.swaps.Uniform(2))\n"
+        "layer(torch.randn(6, 3, 4))\n"
+        "sire_fast.penalty(layer).backward()\n"
+        "print(*layer.why_not_fused())\n"
+    )
+    assert done.returncode == 0, done.stderr
+    served, reason = done.stdout.splitlines()
+    assert served == "reference"
+    assert reason.startswith("cpu: the extension sire_fast._C cannot be loaded")
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "without its compiled kernels" in done.stderr
+
+
+def test_import_is_quiet_and_brings_nothing_for_training_or_tests() -> None:
+    done = _python(
+        "import sys, sire_fast; print(*{'matplotlib', 'rich', 'typer', 'pytest', 'triton'} & set(sys.modules))"
+    )
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_version_stands_in_one_more_place() -> None:
+    project = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert project
+    assert project[1] == sire_fast.__version__
+    assert f"## {sire_fast.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+BLOCKS = [
+    pytest.param(block, id=f"{path.name}-{n}")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+    for n, block in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_examples_in_the_documentation(block: str) -> None:
+    exec(compile(block, "example", "exec"), {})
