@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from sire_fast import backends, functional
 from sire_fast.cells import CELLS, States
-from sire_fast.reference import with_variants
+from sire_fast.reference import check_swaps, with_variants
 from sire_fast.swaps import Adjacent, Sampler
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
@@ -188,6 +188,7 @@ class _SwapLayer(nn.RNNBase):
     def _stacked(self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor) -> tuple[Tensor, States]:
         """Any layer: torch's, one after the other, on the original and its variants as one batch."""
         steps, batch, _ = x.shape
+        check_swaps(steps, batch, pairs, lengths)
         rows = 1 + pairs.shape[1]
         y = with_variants(x, pairs).flatten(1, 2)  # (T, B * (1 + K), I)
         states = tuple(s.repeat_interleave(rows, 1) for s in hx)

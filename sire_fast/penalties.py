@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sire_fast.modules import Pass, _SwapLayer
-from sire_fast.reference import check_positions, with_variants
+from sire_fast.reference import check_swaps, with_variants
 from sire_fast.swaps import Sampler
 
 
@@ -106,12 +106,10 @@ def swap_penalty(
     """
     sequences = x.transpose(0, 1) if batch_first else x
     steps, batch = sequences.shape[:2]
-    limits = torch.full((batch,), steps, device=x.device) if lengths is None else lengths
-    pairs = swaps if isinstance(swaps, Tensor) else swaps(limits, batch, None, x.device)
-    if pairs.dim() != 3 or pairs.shape[::2] != (batch, 2) or pairs.dtype != torch.int64:
-        raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(pairs.shape)} {pairs.dtype}")
-    check_positions(steps, pairs, (limits - 1)[:, None].expand(pairs.shape[:2]), limits)
-    rows = with_variants(sequences, pairs).unbind(2)  # 1 + K of (T, B, ...)
+    if not isinstance(swaps, Tensor):
+        swaps = swaps(steps if lengths is None else lengths, batch, None, x.device)
+    check_swaps(steps, batch, swaps, lengths)
+    rows = with_variants(sequences, swaps).unbind(2)  # 1 + K of (T, B, ...)
     if batch_first:
         rows = [row.transpose(0, 1) for row in rows]
     base, *variants = _alike("fn", fn, rows, dim=0 if batch_first else 1)

@@ -154,6 +154,15 @@ def check_arguments(
             raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
 
 
+def check_swaps(steps: int, batch: int, swaps: Tensor, lengths: Tensor | None) -> None:
+    """Raise a ValueError unless `swaps` are pairs of positions inside B sequences: what a sampler has to return."""
+    if swaps.dim() != 3 or swaps.shape[::2] != (batch, 2) or swaps.dtype != torch.int64:
+        raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(swaps.shape)} {swaps.dtype}")
+    if lengths is None:
+        lengths = torch.full((batch,), steps, device=swaps.device)
+    check_positions(steps, swaps, (lengths - 1)[:, None].expand(swaps.shape[:2]), lengths)
+
+
 def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> None:
     """Raise a ValueError if a length, a swap or an end lies outside its sequence: 0 <= i <= j <= end < length <= T.
 

@@ -313,8 +313,12 @@ def test_refuses() -> None:
         sire_fast.RNN(4, 6, nonlinearity="elu")
     with pytest.raises(ValueError, match="expected at least one step and one sequence"):
         sire_fast.GRU(4, 6)(torch.randn(0, 2, 4))
-    with pytest.raises(ValueError, match="swaps: expected positions inside the sequence"):
-        sire_fast.GRU(4, 6, swaps=lambda *_: torch.tensor([[[0, 9]]]))(torch.randn(5, 1, 4))
+    for options in ({}, {"num_layers": 2}):  # a sampler of one's own that is wrong, on both paths
+        layer = sire_fast.GRU(4, 6, **options)
+        for pairs in ([[[0, 9]]], [[[-1, 2]]], [[[3, 1]]], [[0, 1]], [[[0.0, 1.0]]]):
+            layer.swaps = lambda *_, pairs=pairs: torch.tensor(pairs)
+            with pytest.raises(ValueError, match="swaps: expected"):
+                layer(torch.randn(5, 1, 4))
 
 
 def test_says_why_it_is_not_fused() -> None:
