@@ -1,20 +1,22 @@
-"""Tasks with generated data: questions about a sequence of whole numbers whose answer ignores (part of) its order.
+"""Tasks with generated data: questions about a sequence of whole numbers whose answer ignores its order.
 
-A task is a few small functions; sire_fast.train holds the one loop that all of them share. A batch has one length,
-so that it is dense. Protocols: parity and half-range as in the SIRE paper, sum, range and variance as in Murphy et
-al., "Janossy Pooling", ICLR 2019, with training lengths 2..10 in order to look at longer sequences afterwards.
+A task is a few small functions; sire_fast.train holds the one loop that all of them share. All sequences of
+a batch have one length, so that it is dense. Parity and half-range follow the SIRE paper; sum, range and
+variance follow Murphy et al., "Janossy Pooling", ICLR 2019, but train on lengths 2..10, to look at longer ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, l1_loss, mse_loss
 
-Metric = Callable[[Tensor, Tensor], Tensor]
+Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,16 @@ class Task:
 
     Attributes:
         about: the question, in a few words.
-        label: sequences (T, B) int64 -> right answers (B), int64.. for classes, float32 for numbers.
+        label: sequences (T, B) int64 -> right answers (B), int64 for a class, float32 for a number.
         vocabulary: the numbers of a sequence are uniform in 0..vocabulary-1.
-        train_lengths: lengths of training sequences, drawn uniformly.
-        test_lengths: lengths of test sequences.
-        outputs: width of the model's output, 1 for a number, the number of classes for a class.
-        scale: what the model's output is multiplied with to give a number; unused for classes.
-        loss: (outputs (B, outputs), scaled as `answer` gives them, answers (B)) -> scalar.
-        metrics: name -> (answers given, right answers) -> scalar; the first is the task's metric.
-        boundaries: where one block ends and the next begins, as fractions of the length; the answer ignores the
-            order inside a block only. One block if empty.
+        train_lengths: lengths of the training sequences, equally likely.
+        test_lengths: lengths of the test sequences.
+        outputs: width of the model's output, O: the number of classes, or 1 for a number.
+        loss: (outputs (B, O), right answers (B)) -> scalar to train on.
+        answer: outputs (B, O) -> answers (B, O): probabilities of the classes, or the number.
+        metrics: name -> ((answers (B, O), right answers (B)) -> scalar); the first is the task's own.
+        boundaries: where blocks of the sequence begin, as fractions of its length; the answer then ignores
+            the order inside each block only. Empty if it ignores the order altogether.
     """
 
     about: str
@@ -41,7 +43,119 @@ class Task:
     train_lengths: tuple[int, ...]
     test_lengths: tuple[int, ...]
     outputs: int
-    scale: float
-    loss: Metric
-    metrics: dict[str, Metric]
+    loss: Compare
+    answer: Callable[[Tensor], Tensor]
+    metrics: dict[str, Compare]
     boundaries: tuple[float, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """Name of the task's own metric."""
+        return next(iter(self.metrics))
+
+    @property
+    def swaps(self) -> str:
+        """Swaps that leave the answer alone, for sire_fast.swaps.parse."""
+        return f"blocks:4:{','.join(map(str, self.boundaries))}" if self.boundaries else "uniform:4"
+
+    def sample(self, length: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Random sequences (T, B) int64 and their right answers (B)."""
+        x = torch.randint(self.vocabulary, (length, batch), generator=generator)
+        return x, self.label(x)
+
+    def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Each of the sequences (T, B) in a random order that leaves its answer alone."""
+        starts = torch.tensor([int(b * len(x)) for b in self.boundaries], dtype=torch.int64)
+        block = torch.searchsorted(starts, torch.arange(len(x)), right=True)
+        # sorting by block number plus a random fraction permutes inside the blocks
+        keys = block[:, None] + torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        return x.gather(0, keys.argsort(0))
+
+
+def _parity(x: Tensor) -> Tensor:
+    return x.sum(0) % 2
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(0).float()
+
+
+def _range(x: Tensor) -> Tensor:
+    return (x.amax(0) - x.amin(0)).float()
+
+
+def _variance(x: Tensor) -> Tensor:
+    return x.float().var(0, correction=0)
+
+
+def _half_range(x: Tensor) -> Tensor:
+    """Largest of the first half minus smallest of the second."""
+    half = len(x) // 2
+    return (x[:half].amax(0) - x[half:].amin(0)).float()
+
+
+def _right_class(answers: Tensor, y: Tensor) -> Tensor:
+    return (answers.argmax(-1) == y).float().mean()
+
+
+def _right_rounded(answers: Tensor, y: Tensor) -> Tensor:
+    return (answers[:, 0].round() == y).float().mean()
+
+
+def _mae(answers: Tensor, y: Tensor) -> Tensor:
+    return l1_loss(answers[:, 0], y)
+
+
+def _mse(answers: Tensor, y: Tensor) -> Tensor:
+    return mse_loss(answers[:, 0], y)
+
+
+def _classes(n: int) -> dict[str, Any]:
+    return {
+        "outputs": n,
+        "loss": cross_entropy,
+        "answer": partial(torch.softmax, dim=-1),
+        "metrics": {"accuracy": _right_class},
+    }
+
+
+def _number(scale: float, **metrics: Compare) -> dict[str, Any]:
+    """A number of about the size `scale`, of which the model's output is the multiple."""
+    return {
+        "vocabulary": 100,
+        "outputs": 1,
+        "loss": lambda outputs, y: l1_loss(outputs[:, 0], y / scale),
+        "answer": lambda outputs: outputs * scale,
+        "metrics": metrics,
+    }
+
+
+_EXACT = {"accuracy": _right_rounded, "mae": _mae, "mse": _mse}
+_SHORT = tuple(range(2, 11))
+_LONGER = (5, 10, 20, 30, 40, 50, 75, 100)
+
+TASKS = {
+    "parity": Task(
+        "is the number of ones odd?",
+        _parity,
+        vocabulary=2,
+        train_lengths=tuple(range(1, 11)),
+        test_lengths=(10, 20, 30, 40, 50, 75, 100, 200),
+        **_classes(2),
+    ),
+    "sum": Task("sum", _sum, train_lengths=_SHORT, test_lengths=_LONGER, **_number(100, **_EXACT)),
+    "range": Task(
+        "largest minus smallest", _range, train_lengths=_SHORT, test_lengths=_LONGER, **_number(100, **_EXACT)
+    ),
+    "variance": Task(
+        "variance", _variance, train_lengths=_SHORT, test_lengths=_LONGER, **_number(1000, mse=_mse, mae=_mae)
+    ),
+    "half-range": Task(
+        "largest of the first half minus smallest of the second",
+        _half_range,
+        train_lengths=tuple(range(4, 21, 2)),
+        test_lengths=(4, 10, 20, 30, 40, 50, 76, 100),
+        boundaries=(0.5,),
+        **_number(100, **_EXACT),
+    ),
+}

@@ -1,0 +1,279 @@
+"""The command line: train, eval, doctor and demo. Bad input ends with one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as Bar
+from rich.table import Column, Table
+
+import sire_fast
+from sire_fast import backends, cpu
+from sire_fast.cells import CELLS
+from sire_fast.tasks import TASKS
+from sire_fast.train import LAYERS, Config, Run, claim, evaluate, write
+
+# Parity is learned from so few sequences only by a network that knows that order does not matter.
+DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
+_METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
+_PICTURE = "demo.png"
+
+# of typer's own click or of the package click, whichever it brings
+_UsageError = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="Train recurrent networks that do not care about the order of their input.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (sys.argv by default) and return its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
+    except _UsageError as error:
+        _complain(error.format_message())
+        return 2
+    except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
+        _complain(error)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+@app.command("train")
+def train_command(
+    context: typer.Context,
+    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.", show_default=False)],
+    cell: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = Config.cell,
+    hidden: Annotated[int, typer.Option(help="Units of the recurrent layer.")] = Config.hidden,
+    swaps: Annotated[
+        str | None,
+        typer.Option(
+            help="Positions exchanged: none, uniform:4, adjacent:8, adjacent:all, window:4:3, blocks:4:0.5, "
+            "pairs:2:0-1,2-3. The task's own if not given."
+        ),
+    ] = None,
+    compare: Annotated[
+        str, typer.Option(help="States compared: after the swap, or at the end of the sequence.")
+    ] = Config.compare,
+    weight: Annotated[float, typer.Option(help="Factor of the penalty.")] = Config.weight,
+    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = Config.steps,
+    batch: Annotated[int, typer.Option(help="Sequences in a step.")] = Config.batch,
+    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = Config.lr,
+    examples: Annotated[int, typer.Option(help="Size of the training set; 0: always new.")] = Config.examples,
+    seed: Annotated[int, typer.Option(help="Of the model, the data and the swaps.")] = Config.seed,
+    device: Annotated[str, typer.Option(help="As torch names it.")] = Config.device,
+    out: Annotated[Path | None, typer.Option(help="Directory for the run.", show_default="runs/TASK")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a run that the directory holds.")] = False,
+) -> None:
+    """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt."""
+    with _bad_input():
+        if resume:
+            chosen = Run.load(resume)
+            _check_resume(context, chosen, task)
+        else:
+            config = Config(**{field.name: context.params[field.name] for field in fields(Config)})
+            out = out or Path("runs", task)
+            claim(out, force)
+            chosen = Run(config, out)
+    try:
+        with _progress() as progress:
+            result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)
+    except KeyboardInterrupt:
+        _complain(f"interrupted after step {chosen.step}; to go on: sire-fast train {task} --resume {chosen.directory}")
+        raise typer.Exit(130) from None
+    _show_result(result)
+    _console.print(f"{result['seconds']:.1f} s of training on backend {result['backend']}, in {chosen.directory}")
+
+
+@app.command("eval")
+def eval_command(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)],
+    device: Annotated[str | None, typer.Option(help="Another device than the run's.")] = None,
+) -> None:
+    """Measure the model of a run again: metrics and order sensitivity on the test lengths."""
+    with _bad_input():
+        chosen = Run.load(directory, device)
+    config = chosen.config
+    _console.print(f"{config.task}, {config.cell}, step {chosen.step} of {config.steps}")
+    _show_result(evaluate(chosen.model, chosen.task))
+
+
+@app.command()
+def doctor() -> None:
+    """Tell which versions, instruction set, threads and backends serve here, and why others do not."""
+    table = Table(box=None, show_header=False)
+    table.add_row("sire_fast", sire_fast.__version__)
+    table.add_row("torch", torch.__version__)
+    table.add_row("python", platform.python_version())
+    table.add_row("platform", platform.platform())
+    table.add_row("instruction set", cpu.MISSING or cpu.instruction_set())
+    table.add_row("threads", f"{torch.get_num_threads()} of torch, {os.cpu_count()} cores")
+    devices = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+    for backend in backends.BACKENDS:
+        for device in devices:
+            for dtype in (torch.float32, torch.bfloat16):
+                call = {"dtype": dtype, "device": device, "hidden_size": 128}
+                # few reasons depend on the cell: each is told once
+                reasons = dict.fromkeys(
+                    reason.removeprefix(f"{backend}: ")
+                    for cell in CELLS
+                    for reason in backends.why_not(backend, cell=cell, **call)
+                )
+                name = str(dtype).removeprefix("torch.")
+                table.add_row(f"backend {backend}", f"{device}, {name}: {'; '.join(reasons) or 'serves'}")
+    _console.print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the two runs and the picture.")] = Path("runs/demo"),
+    force: Annotated[bool, typer.Option("--force", help="Replace a demo that the directory holds.")] = False,
+) -> None:
+    """Train one model with and without SIRE on 40 bit sequences, and compare them on longer ones."""
+    with _bad_input():
+        for name in _METHODS:
+            claim(out / name, force)
+    results = {}
+    try:
+        with _progress() as progress:
+            for name, (title, swaps) in _METHODS.items():
+                chosen = Run(replace(DEMO, swaps=swaps), out / name)
+                results[title] = _follow(chosen, title, progress)
+    except KeyboardInterrupt:
+        _complain("interrupted; to start again: sire-fast demo --force")
+        raise typer.Exit(130) from None
+
+    metric = TASKS[DEMO.task].metric
+    lengths = [int(length) for length in results["with SIRE"]["metrics"]]
+    table = Table(title=f"{DEMO.task} of {lengths[0]} to {lengths[-1]} bits, {DEMO.examples} training sequences")
+    for heading in ("", f"test {metric}", f"at {lengths[-1]} bits", "order sensitivity", "seconds"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for title, result in results.items():
+        scores = [row[metric] for row in result["metrics"].values()]
+        sensitivity = result["order_sensitivity"]["mean"]
+        table.add_row(
+            title,
+            f"{sum(scores) / len(scores):.3f}",
+            f"{scores[-1]:.3f}",
+            f"{sensitivity:.2g}",
+            f"{result['seconds']:.1f}",
+        )
+    _console.print(table)
+    figure = _demo_figure(results)
+    write(out / _PICTURE, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    _console.print(f"picture: {out / _PICTURE}")
+
+
+def _demo_figure(results: dict[str, dict[str, Any]]) -> Figure:
+    """Metric and order sensitivity against the length of the test sequences, a line for each method."""
+    task = TASKS[DEMO.task]
+    longest = task.train_lengths[-1]
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure.suptitle(
+        f"A GRU learns {DEMO.task} from {DEMO.examples} sequences of at most {longest} bits",
+        fontweight="bold",
+    )
+    panels = figure.subplots(1, 2)
+    for axes, key in zip(panels, (task.metric, "order_sensitivity"), strict=True):
+        for (title, result), colour in zip(results.items(), ("#d1495b", "#00798c"), strict=True):
+            lengths = [int(length) for length in result["metrics"]]
+            values = [max(row[key], 1e-9) for row in result["metrics"].values()]  # 0 has no logarithm
+            axes.plot(lengths, values, marker="o", color=colour, label=title, linewidth=2.2, clip_on=False)
+        axes.axvspan(0, longest, color="#edae49", alpha=0.35, linewidth=0, label="lengths of training")
+        axes.set(xlabel="length of the test sequences", xlim=(0, task.test_lengths[-1]))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    left, right = panels
+    left.axhline(1 / task.outputs, color="0.5", linestyle="--", linewidth=1, label="guessing")
+    left.set(ylim=(0.4, 1.02))
+    left.set_title(f"Test {task.metric}", loc="left")
+    left.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.6))
+    right.set(yscale="log")
+    right.set_title("Order sensitivity: mean change of the answer", loc="left")
+    return figure
+
+
+class _Speed(ProgressColumn):
+    """Steps per second."""
+
+    def render(self, task: Bar) -> str:
+        return f"{task.finished_speed or task.speed or 0:.0f} steps/s"
+
+
+_console = Console()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("penalty {task.fields[penalty]}"),
+        _Speed(Column(no_wrap=True)),
+        TimeRemainingColumn(),
+        console=_console,
+    )
+
+
+def _follow(chosen: Run, title: str, progress: Progress) -> dict[str, Any]:
+    """Train with a progress bar."""
+    bar = progress.add_task(title, total=chosen.config.steps, completed=chosen.step, loss="-", penalty="-")
+
+    def report(step: int, loss: float, penalty: float) -> None:
+        progress.update(bar, completed=step, loss=f"{loss:.4f}", penalty=f"{penalty:.4f}")
+
+    return chosen.train(report)
+
+
+def _show_result(result: dict[str, Any]) -> None:
+    table = Table()
+    rows = result["metrics"]
+    for heading in ("length", *next(iter(rows.values()))):
+        table.add_column(heading.replace("_", " "), justify="right")
+    for length, row in rows.items():
+        table.add_row(length, *(f"{value:.4g}" for value in row.values()))
+    _console.print(table)
+    sensitivity = result["order_sensitivity"]
+    _console.print(f"order sensitivity: mean {sensitivity['mean']:.4g}, max {sensitivity['max']:.4g}")
+
+
+def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
+    if task != chosen.config.task:
+        raise ValueError(f"task: expected {chosen.config.task}, which the run was started with, got {task!r}")
+    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    further = [f"--{name}" for name in given if name not in ("task", "resume")]
+    if further:
+        raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")
+
+
+@contextmanager
+def _bad_input() -> Iterator[None]:
+    """Turn what is wrong with the user's input into an error that `run` tells in one line."""
+    try:
+        yield
+    except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
+        raise _UsageError(str(error)) from error
+
+
+def _complain(message: object) -> None:
+    line = next(iter(str(message).splitlines()), type(message).__name__)
+    print(f"sire-fast: {line}", file=sys.stderr)

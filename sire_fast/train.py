@@ -1,0 +1,419 @@
+"""One training loop for every task: task loss + weight * swap penalty, with checkpoints and records on disk.
+
+A run is a directory:
+
+    model.pt        checkpoint: model, optimiser, settings, step and states of the random numbers
+    history.jsonl   a line every few steps: step, loss, penalty, metric on held-out sequences, seconds
+    result.json     task, config, backend, metrics by test length, order sensitivity, seconds, versions
+    curves.png      the history as a picture
+
+The same settings give the same model, bit for bit, whether or not the run was interrupted and resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import sire_fast
+from sire_fast import backends, swaps
+from sire_fast.cells import CELLS
+from sire_fast.modules import COMPARES
+from sire_fast.tasks import TASKS, Task
+
+LAYERS = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
+FILES = CHECKPOINT, HISTORY, RESULT, CURVES = "model.pt", "history.jsonl", "result.json", "curves.png"
+
+EMBEDDING = 100  # features of a number
+CLIP = 5.0  # largest norm of the gradient
+RECORDS = 100  # lines of history, and checkpoints, of a whole run
+ORDERS = 20  # random orders of each sequence whose order sensitivity is measured
+
+# Held-out sequences: their seeds do not depend on the run, so that runs can be compared.
+_TEST_SEED, _VALIDATION_SEED = 1 << 40, 1 << 41
+_TEST_SEQUENCES, _VALIDATION_SEQUENCES, _REORDERED_SEQUENCES = 1000, 100, 100
+
+Report = Callable[[int, float, float], None]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run.
+
+    Attributes:
+        task: a key of sire_fast.tasks.TASKS.
+        cell: "rnn", "gru" or "lstm".
+        hidden: units of the recurrent layer, H.
+        swaps: which positions are exchanged, as sire_fast.swaps.parse reads it; "none" trains a plain layer;
+            None stands for the task's own choice.
+        compare: "end" or "swap", see sire_fast.RNN.
+        weight: factor of the penalty.
+        steps: number of optimiser steps.
+        batch: sequences in a step.
+        lr: learning rate of Adam.
+        examples: size of the training set, shared out evenly among the training lengths; 0 for new sequences at
+            every step.
+        seed: of the initial model, the training data and the swaps.
+        device: as torch names it.
+
+    Raises:
+        ValueError: a setting has no such value, or the device cannot be used.
+    """
+
+    task: str
+    cell: str = "gru"
+    hidden: int = 64
+    swaps: str | None = None
+    compare: str = "end"
+    weight: float = 0.1
+    steps: int = 4000
+    batch: int = 64
+    lr: float = 1e-3
+    examples: int = 0
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, known in (("task", TASKS), ("cell", LAYERS), ("compare", COMPARES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name in ("hidden", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight: expected a number of at least 0, got {self.weight}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: expected a number above 0, got {self.lr}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed: expected at least 0 and below 2**63, got {self.seed}")
+        lengths = len(TASKS[self.task].train_lengths)
+        if self.examples and self.examples < lengths:
+            raise ValueError(
+                f"examples: expected 0, or at least one for each of {lengths} lengths, got {self.examples}"
+            )
+        if self.swaps is None:
+            object.__setattr__(self, "swaps", TASKS[self.task].swaps)
+        swaps.parse(self.swaps)
+        try:
+            torch.zeros((), device=self.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device: {self.device!r} cannot be used: {reason}") from None
+
+
+class Model(nn.Module):
+    """Random features of each number, fixed; a recurrent layer; a linear head on its last output.
+
+    Maps sequences (T, B) int64 to outputs (B, O).
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        task = TASKS[config.task]
+        # a buffer: it is saved with the model but not trained (Murphy et al.)
+        self.register_buffer("features", torch.rand(task.vocabulary, EMBEDDING) - 0.5)
+        self.layer = LAYERS[config.cell](
+            EMBEDDING, config.hidden, swaps=swaps.parse(config.swaps), compare=config.compare
+        )
+        self.head = nn.Linear(config.hidden, task.outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, _ = self.layer(self.features[x])
+        return self.head(output[-1])
+
+
+def claim(directory: Path, force: bool = False) -> None:
+    """Make a directory, and nobody else's run in it, ready for a new run.
+
+    Raises:
+        ValueError: it holds a run, which `force` would delete.
+        OSError: it cannot be made.
+    """
+    held = [name for name in FILES if (directory / name).exists()]
+    if held and not force:
+        raise ValueError(f"{directory}: holds a run already; --resume goes on with it, --force replaces it")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in held:
+        (directory / name).unlink()
+
+
+class Run:
+    """A run at some step, from which it can go on: all that a checkpoint holds.
+
+    Args:
+        config: the settings.
+        directory: where the run's files go, see `claim`.
+
+    Torch's own random numbers are seeded: swaps are drawn from them.
+    """
+
+    def __init__(self, config: Config, directory: Path) -> None:
+        self.config, self.directory = config, directory
+        self.task = TASKS[config.task]
+        torch.manual_seed(config.seed)
+        self.data = torch.Generator().manual_seed(int(torch.randint(1 << 40, ())))
+        self.model = Model(config).to(config.device)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.step = 0
+        self.seconds = 0.0
+        self.sums = [0.0, 0.0, 0]  # loss, penalty and number of steps since the last line of the history
+        self.history: list[dict[str, float]] = []
+        lengths = self.task.train_lengths
+        share, rest = divmod(config.examples, len(lengths))
+        counts = [share + (n < rest) for n in range(len(lengths))]
+        self.examples = [self.task.sample(*size, self.data) for size in zip(lengths, counts, strict=True) if share]
+
+    def advance(self) -> tuple[float, float]:
+        """One step of the optimiser; returns the task's loss and the penalty before it.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite. The model is still that of the step before.
+        """
+        began = time.perf_counter()
+        x, y = (t.to(self.config.device) for t in self._batch())
+        self.model.train()
+        task_loss = self.task.loss(self.model(x), y)
+        penalty = sire_fast.penalty(self.model) if self.model.layer.swaps else torch.zeros(())
+        loss = task_loss + self.config.weight * penalty
+        values = task_loss.item(), penalty.item()
+        if not math.isfinite(sum(values)):
+            raise FloatingPointError(f"the loss is {loss.item()} after step {self.step}; a smaller lr may help")
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimiser.step()
+        self.step += 1
+        self.sums = [total + value for total, value in zip(self.sums, (*values, 1), strict=True)]
+        self.seconds += time.perf_counter() - began
+        return values
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        n = int(torch.randint(len(self.task.train_lengths), (), generator=self.data))
+        if not self.examples:
+            return self.task.sample(self.task.train_lengths[n], self.config.batch, self.data)
+        x, y = self.examples[n]
+        chosen = torch.randint(len(y), (self.config.batch,), generator=self.data)
+        return x[:, chosen], y[chosen]
+
+    def record(self) -> None:
+        """Add a line to the history: means since the last one, and the metric on held-out sequences."""
+        loss, penalty, steps = self.sums
+        self.sums = [0.0, 0.0, 0]
+        line = {
+            "step": self.step,
+            "loss": loss / steps,
+            "penalty": penalty / steps,
+            self.task.metric: _validate(self.model, self.task),
+            "seconds": self.seconds,
+        }
+        self.history.append(line)
+        with (self.directory / HISTORY).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        cuda = self.model.features.is_cuda
+        state = {
+            "config": asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "sums": self.sums,
+            "data": self.data.get_state(),
+            "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.config.device) if cuda else None,
+        }
+        write(self.directory / CHECKPOINT, lambda temporary: torch.save(state, temporary))
+
+    @classmethod
+    def load(cls, directory: Path, device: str | None = None) -> Run:
+        """The run whose checkpoint lies in a directory, on its own device or on another.
+
+        Raises:
+            ValueError: there is no checkpoint, or it cannot be used.
+        """
+        path = directory / CHECKPOINT
+        if not path.is_file():
+            raise ValueError(f"{directory}: expected a run with its checkpoint {CHECKPOINT}, found none")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            moved = {} if device is None else {"device": device}
+            run = cls(Config(**state["config"] | moved), directory)
+            run.model.load_state_dict(state["model"])
+            run.optimiser.load_state_dict(state["optimiser"])
+            run.step, run.seconds, run.sums = state["step"], state["seconds"], state["sums"]
+            run.data.set_state(state["data"])
+            torch.set_rng_state(state["random"])
+            if state["cuda_random"] is not None and device is None:
+                torch.cuda.set_rng_state(state["cuda_random"], run.config.device)
+            if (directory / HISTORY).exists():
+                lines = map(json.loads, (directory / HISTORY).read_text().splitlines())
+                run.history = [line for line in lines if line["step"] <= run.step]
+        except Exception as error:  # a damaged file can fail in any way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{directory}: holds no run that can be read: {reason}") from error
+        return run
+
+    def train(self, report: Report | None = None) -> dict[str, Any]:
+        """Go on to the last step and write the result.
+
+        Args:
+            report: called after every step with its number, the task's loss and the penalty.
+
+        Returns:
+            What result.json holds.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; a checkpoint of the last step has been written.
+            FloatingPointError: the loss is no longer finite; the last checkpoint stays.
+        """
+        # after an interruption the file may hold lines from beyond the checkpoint
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write(self.directory / HISTORY, lambda temporary: temporary.write_text(lines))
+        every = math.ceil(self.config.steps / RECORDS)
+        with _interrupts_held() as interrupted:
+            while self.step < self.config.steps:
+                loss, penalty = self.advance()
+                if report:
+                    report(self.step, loss, penalty)
+                due = self.step % every == 0 or self.step == self.config.steps
+                if due:
+                    self.record()
+                if due or interrupted():
+                    self.save()
+                if interrupted():
+                    raise KeyboardInterrupt
+
+        result = {
+            "task": self.config.task,
+            "config": asdict(self.config),
+            "backend": _backend(self.model),
+            **evaluate(self.model, self.task),
+            "seconds": self.seconds,
+            "versions": {
+                "sire_fast": sire_fast.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        curves = _curves(self)
+        write(self.directory / CURVES, lambda temporary: curves.savefig(temporary, format="png", dpi=120))
+        text = json.dumps(result, indent=2) + "\n"
+        write(self.directory / RESULT, lambda temporary: temporary.write_text(text))
+        return result
+
+
+@torch.no_grad()
+def evaluate(model: Model, task: Task) -> dict[str, Any]:
+    """Measure a model on held-out sequences, the same for every model.
+
+    Returns:
+        metrics: for every test length (as text) the task's metrics on 1000 sequences, and their order
+            sensitivity: the mean |change of the answer| over 20 random orders of the first 100;
+        order_sensitivity: mean and max of |change of the answer| over all test lengths.
+    """
+    model.eval()
+    device = model.features.device
+    metrics, changes = {}, []
+    for length in task.test_lengths:
+        generator = torch.Generator().manual_seed(_TEST_SEED + length)
+        x, y = task.sample(length, _TEST_SEQUENCES, generator)
+        answers = task.answer(model(x.to(device)))
+        scores = {name: metric(answers, y.to(device)).item() for name, metric in task.metrics.items()}
+        first = slice(_REORDERED_SEQUENCES)
+        orders = [task.reorder(x[:, first], generator).to(device) for _ in range(ORDERS)]
+        changes.append(torch.stack([(task.answer(model(o)) - answers[first]).abs() for o in orders]).flatten())
+        metrics[str(length)] = {**scores, "order_sensitivity": changes[-1].mean().item()}
+    change = torch.cat(changes)
+    return {
+        "metrics": metrics,
+        "order_sensitivity": {"mean": change.mean().item(), "max": change.max().item()},
+    }
+
+
+@torch.no_grad()
+def _validate(model: Model, task: Task) -> float:
+    """The task's metric on held-out sequences of the training lengths."""
+    model.eval()
+    device = model.features.device
+    generator = torch.Generator().manual_seed(_VALIDATION_SEED)
+    metric = task.metrics[task.metric]
+    scores = []
+    for length in task.train_lengths:
+        x, y = task.sample(length, _VALIDATION_SEQUENCES, generator)
+        scores.append(metric(task.answer(model(x.to(device))), y.to(device)).item())
+    return sum(scores) / len(scores)
+
+
+def _backend(model: Model) -> str:
+    """Name of what computed the recurrent layer: one of sire_fast's backends, or torch's own layer."""
+    layer = model.layer
+    if layer.why_not_fused():
+        return "torch"
+    cell = next(name for name, cell in CELLS.items() if cell.mode == layer.mode)
+    weight = layer.weight_hh_l0
+    return backends.choose("auto", cell=cell, dtype=weight.dtype, device=weight.device, hidden_size=layer.hidden_size)
+
+
+def _curves(run: Run) -> Figure:
+    """Loss and penalty, and the metric, against the step."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    losses, metric = figure.subplots(1, 2)
+    history = run.history
+    steps = [line["step"] for line in history]
+    losses.plot(steps, [line["loss"] for line in history], label="task loss")
+    if run.model.layer.swaps:
+        losses.plot(steps, [line["penalty"] for line in history], label="swap penalty")
+    losses.set(xlabel="step", yscale="log", title=f"{run.config.task}, {run.config.cell}, training")
+    losses.legend(frameon=False)
+    metric.plot(steps, [line[run.task.metric] for line in history], color="C2")
+    metric.set(xlabel="step", ylabel=run.task.metric, title="held-out sequences of the training lengths")
+    for axes in (losses, metric):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Make a file appear whole or not at all: `writer` fills one beside it, which then takes its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        writer(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C wait for the end of the step, so that no step is half done; a second one does not wait."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can and need do this
+        yield seen.is_set
+        return
+
+    def hold(*_: object) -> None:
+        seen.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
