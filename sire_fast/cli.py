@@ -91,8 +91,8 @@ def train_command(
         else:
             config = Config(**{field.name: context.params[field.name] for field in fields(Config)})
             out = out or Path("runs", task)
-            claim(out, force)
             chosen = Run(config, out)
+            claim(out, force)
     try:
         with _progress() as progress:
             result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)

@@ -53,9 +53,10 @@ def swap_rnn(
     Dtypes: float32 and float64 on "cpu"; whatever torch computes in on "reference".
 
     Example:
-        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)          # relu(x + h) of positive inputs is their sum,
-        >>> one, h0 = torch.ones(1, 1), torch.zeros(1, 1)
-        >>> swap_rnn("rnn_relu", x, one, None, h0, swaps=torch.tensor([[[0, 2]]])).penalty.item()   # in any order
+        >>> import torch                                        # relu(x + h) of positive inputs is their sum,
+        >>> x = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)     # in whatever order they come
+        >>> swaps = torch.tensor([[[0, 2]]])
+        >>> swap_rnn("rnn_relu", x, torch.ones(1, 1), None, torch.zeros(1, 1), swaps=swaps).penalty.item()
         0.0
 
     Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in

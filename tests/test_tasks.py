@@ -1,0 +1,89 @@
+"""Answers against hand-written ones, and what may be reordered."""
+
+import pytest
+import torch
+
+from sire_fast import swaps
+from sire_fast.reference import with_variants
+from sire_fast.tasks import TASKS
+
+EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence", "answer"),
+    [
+        ("parity", [1, 0, 1], 0),
+        ("parity", [1, 0, 1, 1], 1),
+        ("parity", [0], 0),
+        ("sum", [3, 99, 0, 5], 107),
+        ("range", [40, 7, 90, 12], 83),
+        ("range", [5, 5], 0),
+        ("variance", [1, 2, 3, 6], 3.5),  # of the population: (4 + 1 + 0 + 9) / 4
+        ("half-range", [10, 60, 20, 30], 40),
+        ("half-range", [10, 20, 60, 30], -10),  # the halves are not the same thing
+    ],
+)
+def test_labels(name, sequence, answer):
+    label = TASKS[name].label(torch.tensor(sequence)[:, None])
+    assert label.tolist() == [answer]
+
+
+@EACH_TASK
+def test_samples(task):
+    x, y = task.sample(6, 5000, torch.Generator().manual_seed(1))
+    assert x.shape == (6, 5000)
+    assert y.shape == (5000,)
+    assert set(x.unique().tolist()) == set(range(task.vocabulary))
+    again, _ = task.sample(6, 5000, torch.Generator().manual_seed(1))
+    assert torch.equal(x, again)
+
+
+# The penalty would otherwise push the model away from the right answer.
+@EACH_TASK
+def test_the_swaps_of_a_task_leave_its_answers_alone(task):
+    generator = torch.Generator().manual_seed(0)
+    for length in task.train_lengths:
+        x, y = task.sample(length, 50, generator)
+        pairs = swaps.parse(task.swaps)(length, 50, generator)
+        variants = with_variants(x[..., None], pairs)[..., 0]  # (T, B, 1 + K)
+        for k in range(variants.shape[-1]):
+            assert torch.equal(task.label(variants[..., k]), y)
+
+
+@EACH_TASK
+def test_reordering_leaves_the_answers_alone(task):
+    generator = torch.Generator().manual_seed(0)
+    for length in {*task.train_lengths, *task.test_lengths}:
+        x, y = task.sample(length, 50, generator)
+        reordered = task.reorder(x, generator)
+        torch.testing.assert_close(task.label(reordered), y)  # a variance may differ in rounding
+        assert torch.equal(reordered.sort(0).values, x.sort(0).values)
+    assert not torch.equal(reordered, x)
+
+
+def test_reordering_reaches_every_order_inside_the_blocks_and_no_other():
+    x = torch.arange(6)[:, None].expand(6, 2000)
+    reordered = TASKS["half-range"].reorder(x, torch.Generator().manual_seed(0))
+    assert len({tuple(half) for half in reordered[:3].T.tolist()}) == 6
+    assert set(reordered[:3].flatten().tolist()) == {0, 1, 2}
+    assert len(reordered.unique(dim=1).T) == 36
+
+
+@EACH_TASK
+def test_loss_and_metrics_of_right_answers(task):
+    _, y = task.sample(5, 20, torch.Generator().manual_seed(0))
+    # an output of 1 stands for the task's scale
+    outputs = torch.eye(2)[y] * 100 if task.outputs == 2 else (y / task.answer(torch.ones(1)))[:, None]
+    assert task.loss(outputs, y).item() == 0
+    for name, metric in task.metrics.items():
+        assert metric(task.answer(outputs), y).item() == pytest.approx(1 if name == "accuracy" else 0, abs=1e-4)
+
+
+def test_metrics_of_wrong_answers():
+    answers, y = torch.tensor([[3.4], [3.6], [-1.0]]), torch.tensor([3.0, 3.0, 3.0])
+    metrics = TASKS["sum"].metrics
+    assert metrics["accuracy"](answers, y).item() == pytest.approx(1 / 3)
+    assert metrics["mae"](answers, y).item() == pytest.approx((0.4 + 0.6 + 4) / 3)
+    assert metrics["mse"](answers, y).item() == pytest.approx((0.16 + 0.36 + 16) / 3)
+    assert TASKS["parity"].metrics["accuracy"](torch.tensor([[0.6, 0.4]] * 4), torch.tensor([0, 0, 0, 1])) == 0.75

@@ -1,0 +1,334 @@
+"""The training loop, its files, and the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import sire_fast.__main__
+from sire_fast import backends, cli, train
+from sire_fast.tasks import TASKS
+from sire_fast.train import FILES, Config, Run, claim
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch, tmp_path):
+    """Short test sequences, one thread for what is too small for two, and a directory to leave things in."""
+    torch.set_num_threads(1)
+    for name, task in TASKS.items():
+        monkeypatch.setitem(TASKS, name, replace(task, test_lengths=(4, 6)))
+    monkeypatch.chdir(tmp_path)
+
+
+def start(directory: Path, **settings) -> Run:
+    claim(directory)
+    return Run(Config(**{"task": "sum", "hidden": 8, "batch": 4, "steps": 151, **settings}), directory)
+
+
+def interrupt_after(step: int):
+    def report(now: int, loss: float, penalty: float) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return report
+
+
+def without_seconds(path: Path) -> list[dict]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_tiny_run_learns(tmp_path):
+    result = start(tmp_path / "run", hidden=32, batch=32, steps=300).train()
+    history = without_seconds(tmp_path / "run" / "history.jsonl")
+    assert history[-1]["loss"] < history[0]["loss"] / 5
+    _, y = TASKS["sum"].sample(6, 1000, torch.Generator().manual_seed(0))
+    assert result["metrics"]["6"]["mae"] < (y - y.median()).abs().mean() / 2
+
+
+def test_the_penalty_lowers_order_sensitivity(tmp_path):
+    mean = {}
+    for swaps in ("none", "uniform:4"):
+        settings = {"task": "range", "hidden": 32, "batch": 32, "steps": 300, "examples": 50, "weight": 10.0}
+        run = start(tmp_path / swaps, **settings, swaps=swaps)
+        mean[swaps] = run.train()["order_sensitivity"]["mean"]
+    assert mean["uniform:4"] < mean["none"] / 2
+
+
+def test_files_of_a_run(tmp_path):
+    run = start(tmp_path / "run", steps=250)
+    result = run.train()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == set(FILES)
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+    assert set(result) == {
+        "task", "config", "backend", "metrics", "order_sensitivity", "seconds", "versions"
+    }  # fmt: skip
+    assert Config(**result["config"]) == run.config
+    assert result["config"]["swaps"] == "uniform:4"
+    assert set(result["metrics"]) == {"4", "6"}
+    assert set(result["metrics"]["4"]) == {"accuracy", "mae", "mse", "order_sensitivity"}
+    assert 0 < result["order_sensitivity"]["mean"] < result["order_sensitivity"]["max"]
+    assert set(result["versions"]) == {"sire_fast", "torch", "python"}
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in history] == [*range(3, 250, 3), 250]
+    assert set(history[0]) == {"step", "loss", "penalty", "accuracy", "seconds"}
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"cell": "gru"},
+        {"cell": "lstm", "swaps": "adjacent:all", "compare": "swap", "examples": 20},
+        {"cell": "rnn", "task": "half-range"},
+        {"task": "parity", "swaps": "none"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = start(whole, **settings).train()
+    with pytest.raises(KeyboardInterrupt):
+        start(parts, **settings).train(interrupt_after(75))  # between two lines of the history
+    assert Run.load(parts).step == 75
+    with (parts / "history.jsonl").open("a") as file:
+        file.write('{"step": 76}\n')  # as if the run had been killed between a line and its checkpoint
+    torch.manual_seed(123)
+    result = Run.load(parts).train()
+
+    assert without_seconds(parts / "history.jsonl") == without_seconds(whole / "history.jsonl")
+    for name in ("config", "metrics", "order_sensitivity", "backend"):
+        assert result[name] == expected[name]
+    ours, theirs = (torch.load(d / "model.pt") for d in (parts, whole))
+    for part in ("model", "optimiser", "data", "random", "step", "sums"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+
+
+def test_seeds(tmp_path):
+    models = [
+        start(tmp_path / str(n), steps=3, seed=seed, swaps=swaps)
+        for n, (seed, swaps) in enumerate([(0, "none"), (0, "uniform:2"), (1, "none")])
+    ]
+    first, same, other = ([*run.model.state_dict().values()] for run in models)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    batches = [run._batch()[0] for run in models[:2]]  # the swaps must not change which data is seen
+    assert torch.equal(*batches)
+
+
+def test_a_training_set_is_reused(tmp_path):
+    run = start(tmp_path / "run", examples=20)
+    assert sum(x.shape[1] for x, _ in run.examples) == 20
+    known = {tuple(column) for x, _ in run.examples for column in x.T.tolist()}
+    for _ in range(30):
+        assert {tuple(column) for column in run._batch()[0].T.tolist()} <= known
+
+
+class Summing(nn.Module):
+    """A model that answers with the exact sum of what `part` leaves of a sequence."""
+
+    def __init__(self, part=slice(None)):
+        super().__init__()
+        self.register_buffer("features", torch.zeros(()))
+        self.part = part
+
+    def forward(self, x):
+        return x[self.part].sum(0)[:, None] / 100
+
+
+def test_order_sensitivity_is_that_of_the_answer():
+    exact = train.evaluate(Summing(), TASKS["sum"])
+    assert exact["order_sensitivity"] == {"mean": 0, "max": 0}
+    rounded = pytest.approx(0, abs=1e-4)
+    assert exact["metrics"]["6"] == {"accuracy": 1, "mae": rounded, "mse": rounded, "order_sensitivity": 0}
+    first = train.evaluate(Summing(slice(1)), TASKS["sum"])["order_sensitivity"]
+    # |a - b| of independent numbers is 33.33 on average, 5/6 or 3/4 of the orders bring another one to the front
+    assert first["mean"] == pytest.approx(33.33 * (5 / 6 + 3 / 4) / 2, rel=0.1)
+    assert 80 < first["max"] <= 99
+
+
+def test_order_sensitivity_stays_inside_the_halves():
+    halves = nn.Module()
+    halves.register_buffer("features", torch.zeros(()))
+    halves.forward = lambda x: x[: len(x) // 2].sum(0)[:, None].float()
+    assert train.evaluate(halves, TASKS["half-range"])["order_sensitivity"] == {"mean": 0, "max": 0}
+
+
+def test_the_backend_is_the_one_that_ran(tmp_path):
+    assert start(tmp_path / "auto", steps=1).train()["backend"] == "cpu"
+    with backends.use("reference"):
+        assert start(tmp_path / "reference", steps=1).train()["backend"] == "reference"
+
+
+def test_an_interrupted_write_leaves_the_file_before(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def fails(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        train.write(path, fails)
+    assert path.read_text() == "before"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def command(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    code = cli.run([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("train", "TASK"),
+        ("train sums", "task"),
+        ("train sum --cell elman", "cell"),
+        ("train sum --swaps uniform", "swaps"),
+        ("train sum --swaps uniform:0", "swaps"),
+        ("train sum --compare middle", "compare"),
+        ("train sum --weight nan", "weight"),
+        ("train sum --weight -1", "weight"),
+        ("train sum --hidden 0", "hidden"),
+        ("train sum --hidden 9999999999999", "memory"),
+        ("train sum --hidden many", "--hidden"),
+        ("train sum --batch -3", "batch"),
+        ("train sum --steps 0", "steps"),
+        ("train sum --lr inf", "lr"),
+        ("train sum --seed -1", "seed"),
+        ("train sum --examples 3", "examples"),
+        ("train sum --device quantum", "device"),
+        ("train sum --device cuda:99", "device"),
+        ("train sum --device meta", "device"),
+        ("train sum --out file", "file"),
+        ("train sum --out file/run", "file"),
+        ("train sum --resume missing", "missing"),
+        ("train sum --resume damaged", "damaged"),
+        ("train sum --speed 3", "--speed"),
+        ("eval", "DIRECTORY"),
+        ("eval missing", "missing"),
+        ("eval damaged", "damaged"),
+        ("eval foreign", "foreign"),
+        ("tidy", "tidy"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(capsys, tmp_path, arguments, named):
+    Path("file").touch()
+    for name in ("damaged", "foreign"):
+        Path(name).mkdir()
+    Path("damaged/model.pt").write_bytes(b"not a checkpoint")
+    torch.save({"weights": torch.zeros(2)}, "foreign/model.pt")
+    before = {*tmp_path.rglob("*")}
+    code, out, err = command(capsys, *arguments.split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("sire-fast: ")
+    assert err.count("\n") == 1
+    assert named.lower() in err.lower()
+    assert {*tmp_path.rglob("*")} == before
+
+
+TINY = ("--hidden", 4, "--steps", 6, "--batch", 2)
+
+
+def test_train_eval_and_a_run_in_the_way(capsys):
+    code, out, err = command(capsys, "train", "sum", *TINY)
+    assert (code, err) == (0, "")
+    assert "order sensitivity" in out
+    result = Path("runs/sum/result.json").read_text()
+
+    for arguments, told in (
+        (("train", "sum", *TINY), "--force"),
+        (("train", "range", *TINY, "--out", "runs/sum"), "--force"),
+        (("train", "sum", "--resume", "runs/sum", "--lr", "1", "--force"), "--lr, --force"),
+        (("train", "range", "--resume", "runs/sum"), "range"),
+    ):
+        code, _, err = command(capsys, *arguments)
+        assert code == 2
+        assert told in err
+        assert err.count("\n") == 1
+    assert Path("runs/sum/result.json").read_text() == result
+
+    code, out, _ = command(capsys, "eval", "runs/sum")
+    assert code == 0
+    assert f"mean {json.loads(result)['order_sensitivity']['mean']:.4g}" in out
+    assert command(capsys, "train", "sum", "--resume", "runs/sum")[0] == 0
+    assert Path("runs/sum/result.json").read_text() == result  # there was nothing left to do
+    assert command(capsys, "train", "sum", *TINY, "--seed", 1, "--force")[0] == 0
+    assert Path("runs/sum/result.json").read_text() != result
+
+
+def test_a_loss_that_is_not_finite(capsys, monkeypatch):
+    nan = replace(TASKS["sum"], loss=lambda outputs, y: outputs.sum() * torch.nan)
+    monkeypatch.setitem(TASKS, "sum", nan)
+    code, _, err = command(capsys, "train", "sum", *TINY)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "nan after step 0" in err
+
+
+def test_doctor(capsys):
+    code, out, _ = command(capsys, "doctor")
+    assert code == 0
+    for word in ("torch", "instruction set", "threads", *backends.BACKENDS, "serves"):
+        assert word in out
+
+
+def test_demo(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "DEMO", replace(cli.DEMO, steps=4, hidden=4))
+    code, out, err = command(capsys, "demo")
+    assert (code, err) == (0, "")
+    assert "without SIRE" in out
+    assert Path("runs/demo/demo.png").read_bytes().startswith(b"\x89PNG")
+    plain, sire = (
+        json.loads(Path(f"runs/demo/{name}/result.json").read_text())["config"] for name in ("plain", "sire")
+    )
+    assert {key for key in plain if plain[key] != sire[key]} == {"swaps"}
+    assert command(capsys, "demo")[0] == 2
+    assert command(capsys, "demo", "--force")[0] == 0
+
+
+def test_ctrl_c_keeps_the_checkpoint():
+    root = Path(sire_fast.__file__).parents[1]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sire_fast", "train", "sum", "--hidden", "4", "--steps", "5000", "--out", "run"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not Path("run/model.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    step = Run.load(Path("run")).step
+    assert 0 < step < 5000
+    assert err == f"sire-fast: interrupted after step {step}; to go on: sire-fast train sum --resume run\n"
+    assert process.returncode == 130
+    assert not Path("run/result.json").exists()
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+def test_without_the_extra(capsys, monkeypatch, missing):
+    for name in [*sys.modules]:
+        if name.split(".")[0] == missing or name in ("sire_fast.cli", "sire_fast.train"):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(sire_fast, "cli")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as stopped:
+        sire_fast.__main__.main()
+    assert stopped.value.code == 2
+    needs = "sire-fast: the command line needs the extra train: pip install 'sire_fast[train]'\n"
+    assert capsys.readouterr().err == needs
