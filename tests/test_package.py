@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import subprocess
@@ -62,6 +63,14 @@ def test_version_stands_in_one_more_place() -> None:
 def test_examples_in_docstrings(name: str) -> None:
     torch.use_deterministic_algorithms(False)
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+@pytest.mark.parametrize(("name", "title"), [("plain", "without SIRE"), ("sire", "with SIRE")])
+def test_the_readme_tells_the_numbers_of_its_result_files(name: str, title: str) -> None:
+    result = json.loads((ROOT / "bench/results/demo" / f"{name}.json").read_text())
+    scores = [row["accuracy"] for row in result["metrics"].values()]
+    numbers = f"{sum(scores) / len(scores):.3f} | {scores[-1]:.3f} | {result['order_sensitivity']['mean']:.2g}"
+    assert f"| {title} | {numbers} | {result['seconds']:.1f} |" in (ROOT / "README.md").read_text()
 
 
 BLOCKS = [
