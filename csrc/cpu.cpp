@@ -56,6 +56,16 @@ class Buffer {
   std::unique_ptr<T, Free> memory_;
 };
 
+// What one share works in.
+template <class T>
+struct Scratch {
+  explicit Scratch(const Workspace& space)
+      : values(space.values), pointers(space.pointers), numbers(space.numbers) {}
+  Buffer<T> values;
+  Buffer<T*> pointers;
+  Buffer<int64_t> numbers;
+};
+
 // Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it
 // can be found: a second pool would spin against torch's for the same cores.
 template <class F>
@@ -163,15 +173,10 @@ void forward(int cell, const Forward<T>& f, int threads) {
   const Plan plan(f.size, f.swaps, threads);
   const Buffer<T> packed(kernel.packed_values(f.size));
   kernel.pack_forward(f, packed);
-  std::vector<Buffer<T>> values;
-  std::vector<Buffer<int64_t>> numbers;
-  for (const Share& share : plan.shares) {
-    const Workspace space = kernel.forward_workspace(f.size, share);
-    values.emplace_back(space.values);
-    numbers.emplace_back(space.numbers);
-  }
+  std::vector<Scratch<T>> scratch;
+  for (const Share& share : plan.shares) scratch.emplace_back(kernel.forward_workspace(f.size, share));
   parallel(int(plan.shares.size()),
-           [&](int n) { kernel.forward(f, plan.shares[n], packed, values[n], numbers[n]); });
+           [&](int n) { kernel.forward(f, plan.shares[n], packed, scratch[n].values, scratch[n].numbers); });
 }
 
 template <class T>
@@ -180,22 +185,17 @@ void backward(int cell, const Backward<T>& g, int threads) {
   const Plan plan(g.size, g.swaps, threads);
   const Buffer<T> packed(kernel.packed_values(g.size));
   kernel.pack_backward(g, packed);
-  std::vector<Buffer<T>> values;
-  std::vector<Buffer<T*>> pointers;
-  std::vector<Buffer<int64_t>> numbers;
-  for (const Share& share : plan.shares) {
-    const Workspace space = kernel.backward_workspace(g.size, share);
-    values.emplace_back(space.values);
-    pointers.emplace_back(space.pointers);
-    numbers.emplace_back(space.numbers);
-  }
-  parallel(int(plan.shares.size()),
-           [&](int n) { kernel.backward(g, plan.shares[n], packed, values[n], pointers[n], numbers[n]); });
+  std::vector<Scratch<T>> scratch;
+  for (const Share& share : plan.shares) scratch.emplace_back(kernel.backward_workspace(g.size, share));
+  parallel(int(plan.shares.size()), [&](int n) {
+    const Scratch<T>& space = scratch[n];
+    kernel.backward(g, plan.shares[n], packed, space.values, space.pointers, space.numbers);
+  });
 
   // summed over the shares in their order: the same bits every time
   const int64_t H = g.size.H, width = kGates[cell] * H, stride = kernel.weight_stride(g.size);
-  for (size_t n = 0; n < values.size(); ++n) {
-    const T* dw = values[n];
+  for (size_t n = 0; n < scratch.size(); ++n) {
+    const T* dw = scratch[n].values;
     const T* db = dw + width * stride;
     for (int64_t r = 0; g.dw_hh && r < width; ++r)
       for (int64_t h = 0; h < H; ++h) {

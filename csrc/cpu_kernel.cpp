@@ -290,7 +290,8 @@ struct Pass {
 
   static int64_t weight_stride(const Sizes& z) { return stride<T>(z.H); }
 
-  // rows that are collected before they are added to dW_hh: each time, all of dW_hh is read and written
+  // Rows that are collected before they are added to dW_hh: each time, all of dW_hh is read and written. No
+  // step has more than half as many: its originals and its running variants are at most share.rows each.
   static int64_t collected(const Share& share) { return share.rows > 64 ? 2 * share.rows : 128; }
 
   static Workspace backward_workspace(const Sizes& z, const Share& share) {
@@ -330,10 +331,11 @@ struct Pass {
     auto dx_row = [&](int64_t t, int64_t b) { return g.dx_proj ? g.dx_proj + (t * B + b) * G * H : nullptr; };
 
     for (int64_t t = share.steps - 1; t >= 0; --t) {
-      if (n_collected + n_shared + n_running +
-              (share.schedule.end_begin[t + 1] - share.schedule.end_begin[t]) >
-          collected(share))
-        flush(g, n_collected, du, h_before, dw, db), n_collected = 0;
+      const int64_t ending = share.schedule.end_begin[t + 1] - share.schedule.end_begin[t];
+      if (n_collected + n_shared + n_running + ending > collected(share)) {
+        flush(g, n_collected, du, h_before, dw, db);
+        n_collected = 0;
+      }
       T* const du_now = du + n_collected * u_stride;
       T* const h_now = h_before + n_collected * h_stride;
       int64_t rows = 0;

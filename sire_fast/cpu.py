@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,62 +38,31 @@ def instruction_set() -> str:
     return _C.instruction_set().lower()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
+    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x_proj to lengths."""
+    x_proj, _, _, h0, _, swaps, *_ = inputs
+    size = (x_proj.shape[0], x_proj.shape[1], swaps.shape[1], h0.shape[1])
+    inputs = _contiguous(inputs)
+    _C.forward(cell, _is_double(h0), torch.get_num_threads(), train, size, _addresses(inputs), _addresses(outputs))
 
 
-def forward(
-    cell: str,
-    x_proj: Tensor,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    train: bool,
-    *outputs: Tensor,
-) -> None:
-    """Fill the outputs of the operator swap_rnn; see sire_fast.ops for their order and shapes."""
-    inputs = (x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
-    # kept in a name: a contiguous copy has to outlive the call that reads it
-    inputs = tuple(t if t is None else t.contiguous() for t in inputs)
-    _C.forward(
-        cell,
-        x_proj.dtype == torch.float64,
-        torch.get_num_threads(),
-        train,
-        (x_proj.shape[0], x_proj.shape[1], swaps.shape[1], h0.shape[1]),
-        [_address(t) for t in inputs],
-        [_address(t) for t in outputs],
-    )
+def backward(cell: str, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
+    gradients and what follows them in its schema, w_hh to spans."""
+    *_, h0, _, swaps, _, _, output, _, _, _ = inputs
+    size = (output.shape[0], output.shape[1], swaps.shape[1], h0.shape[1])
+    inputs = _contiguous(inputs)
+    _C.backward(cell, _is_double(h0), torch.get_num_threads(), size, _addresses(inputs), _addresses(gradients))
 
 
-def backward(
-    cell: str,
-    grads: list[Tensor | None],
-    w_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    output: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    spans: Tensor,
-    needs: list[bool],
-    *computed: Tensor,
-) -> None:
-    """Fill the outputs of the operator swap_rnn_backward; see sire_fast.ops for their order and shapes."""
-    inputs = (*grads, w_hh, h0, c0, swaps, ends, lengths, output, cells, gates, spans)
-    inputs = tuple(t if t is None else t.contiguous() for t in inputs)
-    _C.backward(
-        cell,
-        h0.dtype == torch.float64,
-        torch.get_num_threads(),
-        (output.shape[0], output.shape[1], swaps.shape[1], h0.shape[1]),
-        [_address(t) for t in inputs],
-        [_address(t) if need else 0 for t, need in zip(computed, needs, strict=True)],
-    )
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The callers keep these in a name: a copy has to outlive the call that reads it."""
+    return [t if t is None else t.contiguous() for t in tensors]
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def _is_double(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float64

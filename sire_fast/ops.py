@@ -1,4 +1,4 @@
-"""The operators behind sire_fast.functional: schema, fake, gradient and autocast of each in one place.
+"""The operators behind sire_fast.functional: schema, fake and gradient of each in one place.
 
 `swap_rnn` runs the pass and keeps what its gradient needs; `swap_rnn_backward` is that gradient. Both look up the
 backend that was chosen before; which one is chosen, and the checks of shapes, are sire_fast.functional's.
@@ -66,13 +66,27 @@ def span_rows(steps: int, swaps: Tensor, ends: Tensor) -> int:
     return int(torch.where(i < j, ends - i + 1, 0).clamp(min=0).sum())
 
 
-def _shapes(cell: str, x_proj: Tensor, h0: Tensor, swaps: Tensor, span_rows: int, train: bool) -> list[tuple[int, ...]]:
+@torch.library.register_fake("sire_fast::swap_rnn")
+def _outputs(
+    cell: str,
+    backend: str,
+    x_proj: Tensor,
+    w_hh: Tensor,
+    b_hh: Tensor | None,
+    h0: Tensor,
+    c0: Tensor | None,
+    swaps: Tensor,
+    ends: Tensor,
+    lengths: Tensor,
+    span_rows: int,
+    train: bool,
+) -> tuple[Tensor, ...]:
+    """The outputs, not filled; those that a call does not have are empty."""
     steps, batch, _ = x_proj.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
-    saved = cpu.SAVED_GATES[cell] if train else 0
-    row = (CELLS[cell].states + cpu.SAVED_GATES[cell]) * hidden
-    return [
+    saved = cpu.SAVED_GATES[cell]
+    shapes = (
         (steps, batch, hidden),
         (batch, hidden),
         (batch, hidden) if has_cell else (0,),
@@ -80,49 +94,21 @@ def _shapes(cell: str, x_proj: Tensor, h0: Tensor, swaps: Tensor, span_rows: int
         (batch, n_variants),
         (steps, batch, hidden) if has_cell else (0,),
         (batch, n_variants, hidden) if has_cell else (0,),
-        (steps, batch, saved * hidden),
-        (span_rows, row),
-    ]
+        (steps, batch, saved * hidden if train else 0),
+        (span_rows, (CELLS[cell].states + saved) * hidden),
+    )
+    return tuple(x_proj.new_empty(shape) for shape in shapes)
 
 
 @torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
-def _forward(
-    cell: str,
-    backend: str,
-    x_proj: Tensor,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    span_rows: int,
-    train: bool,
-) -> tuple[Tensor, ...]:
+def _forward(cell: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, _, train = arguments
+    x_proj, *_, swaps, ends, lengths = inputs
     # here and not where shapes are checked, so that a compiled graph checks them too
     reference.check_positions(x_proj.shape[0], swaps, ends, lengths)
-    outputs = [x_proj.new_empty(shape) for shape in _shapes(cell, x_proj, h0, swaps, span_rows, train)]
-    _IMPLEMENTATIONS[backend].forward(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, train, *outputs)
-    return tuple(outputs)
-
-
-@torch.library.register_fake("sire_fast::swap_rnn")
-def _forward_fake(
-    cell: str,
-    backend: str,
-    x_proj: Tensor,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    span_rows: int,
-    train: bool,
-) -> tuple[Tensor, ...]:
-    return tuple(x_proj.new_empty(shape) for shape in _shapes(cell, x_proj, h0, swaps, span_rows, train))
+    outputs = _outputs(cell, backend, *arguments)
+    _IMPLEMENTATIONS[backend].forward(cell, train, inputs, outputs)
+    return outputs
 
 
 _DIFFERENTIABLE = 7  # the first outputs; gates and spans are kept for the backward alone
@@ -148,55 +134,37 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("sire_fast::swap_rnn", _backward, setup_context=_setup_context)
 
 
-def _gradient_shapes(w_hh: Tensor, h0: Tensor, output: Tensor, needs: list[bool]) -> list[tuple[int, ...]]:
+@torch.library.register_fake("sire_fast::swap_rnn_backward")
+def _gradients(
+    cell: str,
+    backend: str,
+    grads: list[Tensor | None],
+    w_hh: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    swaps: Tensor,
+    ends: Tensor,
+    lengths: Tensor,
+    output: Tensor,
+    cells: Tensor,
+    gates: Tensor,
+    spans: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients, not filled; those that are not needed are empty."""
     steps, batch, hidden = output.shape
     width = w_hh.shape[0]
-    shapes = [(steps, batch, width), (width, hidden), (width,), (batch, hidden), (batch, hidden)]
-    return [shape if need else (0,) for shape, need in zip(shapes, needs, strict=True)]
+    shapes = ((steps, batch, width), (width, hidden), (width,), (batch, hidden), (batch, hidden))
+    return tuple(h0.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 @torch.library.impl("sire_fast::swap_rnn_backward", "CompositeExplicitAutograd")
-def _backward_op(
-    cell: str,
-    backend: str,
-    grads: list[Tensor | None],
-    w_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    output: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    spans: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    computed = [h0.new_empty(shape) for shape in _gradient_shapes(w_hh, h0, output, needs)]
-    _IMPLEMENTATIONS[backend].backward(
-        cell, grads, w_hh, h0, c0, swaps, ends, lengths, output, cells, gates, spans, needs, *computed
-    )
-    return tuple(computed)
-
-
-@torch.library.register_fake("sire_fast::swap_rnn_backward")
-def _backward_fake(
-    cell: str,
-    backend: str,
-    grads: list[Tensor | None],
-    w_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    output: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    spans: Tensor,
-    needs: list[bool],
-) -> tuple[Tensor, ...]:
-    return tuple(h0.new_empty(shape) for shape in _gradient_shapes(w_hh, h0, output, needs))
+def _backward_op(cell: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+    computed = _gradients(cell, backend, *arguments)
+    grads, *kept, needs = arguments
+    wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
+    _IMPLEMENTATIONS[backend].backward(cell, [*grads, *kept], wanted)
+    return computed
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
