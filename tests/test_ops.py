@@ -331,6 +331,14 @@ def test_a_named_backend_is_used_or_refused() -> None:
     assert functional.swap_rnn("gru", **arguments).output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_the_callers_denormals_survive(backend: str) -> None:
+    """Inside the kernels denormals are flushed; a processor left in that mode would change the caller's results."""
+    torch.set_num_threads(1)
+    run("gru", make(Case("gru", 4, 2, 3, 1)), backend)
+    assert (torch.full((64,), 1e-40) * 0.5 != 0).all()
+
+
 def test_memory_that_was_never_written_is_never_read() -> None:
     """Scratch memory comes uninitialised from malloc; here malloc fills it with a large number first."""
     code = (
