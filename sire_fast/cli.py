@@ -70,7 +70,7 @@ def train_command(
         ),
     ] = None,
     compare: Annotated[
-        str, typer.Option(help="States compared: after the swap, or at the end of the sequence.")
+        str, typer.Option(help="Where states are compared: swap (after the pair) or end (of the sequence).")
     ] = Config.compare,
     weight: Annotated[float, typer.Option(help="Factor of the penalty.")] = Config.weight,
     steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = Config.steps,

@@ -261,7 +261,7 @@ class RNN(_SwapLayer):
 
     Args:
         swaps: sampler of the pairs that are exchanged in training mode (sire_fast.swaps), or None for a plain layer.
-        compare: "swap" compares the states after the later position of a pair, "end" those after the whole sequence.
+        compare: "end" compares the states after the whole sequence, "swap" those after the later position of a pair.
             With several layers the output of the last is compared; with two directions the forward state after the
             pair, or at the end, and the backward state after the pair, or at the start.
 
@@ -285,7 +285,7 @@ class RNN(_SwapLayer):
         nonlinearity: str = "tanh",
         *args: Any,
         swaps: Sampler | None = None,
-        compare: str = "swap",
+        compare: str = "end",
         **kwargs: Any,
     ) -> None:
         _refuse_proj_size(kwargs)
@@ -304,7 +304,7 @@ class GRU(_SwapLayer):
 
     _torch_layer = nn.GRU
 
-    def __init__(self, *args: Any, swaps: Sampler | None = None, compare: str = "swap", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, swaps: Sampler | None = None, compare: str = "end", **kwargs: Any) -> None:
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
         self._set_swaps(swaps, compare)
@@ -321,7 +321,7 @@ class LSTM(_SwapLayer):
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
 
-    def __init__(self, *args: Any, swaps: Sampler | None = None, compare: str = "swap", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, swaps: Sampler | None = None, compare: str = "end", **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
         self._set_swaps(swaps, compare)
 
