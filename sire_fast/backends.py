@@ -63,9 +63,16 @@ def why_no_kernel(*, cell: str, dtype: torch.dtype, device: torch.device | str, 
     return [] if _forced or not all(kernels) else [reason for reasons in kernels for reason in reasons]
 
 
+def forced() -> str | None:
+    """The backend that `use` has named, if any."""
+    return _forced
+
+
 @contextmanager
 def use(backend: str) -> Iterator[None]:
     """Make every call with backend="auto" use the named backend, layers included, until the block ends.
+
+    What the backend cannot serve, a layer that is not fused among them, is refused with a NotImplementedError.
 
     Raises:
         ValueError: no backend has this name.

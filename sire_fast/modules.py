@@ -82,7 +82,10 @@ class _SwapLayer(nn.RNNBase):
         swapped variants; sire_fast.penalty(model) then gives their penalty."""
         self._last = None
         swapping = self.swaps is not None and self.training
-        fused = not self.why_not_fused()
+        reasons = self.why_not_fused()
+        fused = not reasons
+        if reasons and backends.forced():
+            raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
         if not swapping and not fused:
             return self._torch_layer.forward(self, input, hx)
         x, lengths, states, restore = self._unify(input, hx)
