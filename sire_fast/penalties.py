@@ -53,7 +53,8 @@ def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None,
         if all(layer.swaps is None for layer in layers):
             raise RuntimeError("penalty: no layer has swaps; see sire_fast.convert(model, swaps=...)")
         raise RuntimeError("penalty: run a forward in training mode first")
-    return torch.stack([_layer_penalty(layer, run, through, state) for layer, run in passes]).sum()
+    first, *others = (_layer_penalty(layer, run, through, state) for layer, run in passes)
+    return sum(others, first)
 
 
 def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
@@ -70,7 +71,7 @@ def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Ten
                 + "; ".join(layer.why_not_fused())
             )
         each = each + (run.variant_cells - run.cells[run.at, row]).square().sum(-1)
-    return each.sum() / max(count, 1)
+    return each.mean() if count else each.sum()
 
 
 def swap_penalty(
