@@ -81,10 +81,11 @@ void run_backward(int cell, int threads, const Sizes& size, const Addresses& inp
   backward(cell, g, threads);
 }
 
+constexpr std::array<const char*, kCells> kCellNames{"rnn_tanh", "rnn_relu", "gru", "lstm"};
+
 int cell_number(const std::string& name) {
-  const std::array<const char*, kCells> names{"rnn_tanh", "rnn_relu", "gru", "lstm"};
   for (int n = 0; n < kCells; ++n)
-    if (name == names[n]) return n;
+    if (name == kCellNames[n]) return n;
   throw py::value_error("cell: got " + name);
 }
 
@@ -96,6 +97,11 @@ Sizes sizes(const SizeTuple& t) { return {std::get<0>(t), std::get<1>(t), std::g
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of sire_fast; called by sire_fast.cpu, which knows the order of the addresses.";
+  m.def("saved_gates", [] {
+    py::dict saved;
+    for (int n = 0; n < kCells; ++n) saved[kCellNames[n]] = instruction_set()->f32[n].saved;
+    return saved;
+  });
   m.def("instruction_set", [] { return instruction_set()->name; });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

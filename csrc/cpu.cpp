@@ -193,7 +193,7 @@ void backward(int cell, const Backward<T>& g, int threads) {
   });
 
   // summed over the shares in their order: the same bits every time
-  const int64_t H = g.size.H, width = kGates[cell] * H, stride = kernel.weight_stride(g.size);
+  const int64_t H = g.size.H, width = kernel.gates * H, stride = kernel.weight_stride(g.size);
   for (size_t n = 0; n < scratch.size(); ++n) {
     const T* dw = scratch[n].values;
     const T* db = dw + width * stride;

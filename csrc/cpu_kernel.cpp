@@ -13,11 +13,6 @@
 namespace sire_fast {
 namespace {
 
-template <class T>
-int64_t vectors(int64_t n) {
-  return (n + Math<T>::width - 1) / Math<T>::width;
-}
-
 // Distance of rows of n values in scratch memory: whole cache lines, and an odd number of them, since powers
 // of two would put the rows of a panel into the same few sets of the cache.
 template <class T>
@@ -341,8 +336,8 @@ struct Pass {
       int64_t rows = 0;
 
       for (int64_t b = share.begin; b < share.end; ++b) {
-        const bool last = t == g.swaps.lengths[b] - 1;
         if (t >= g.swaps.lengths[b]) continue;
+        const bool last = t == g.swaps.lengths[b] - 1;
         row_of[b - share.begin] = rows++;
         for (int k = 0; k < S; ++k) {
           T* ds = ds_sequences + (b - share.begin) * state_stride + k * h_stride;
@@ -462,15 +457,20 @@ struct Pass {
   }
 
   static constexpr Kernels<T> kernels() {
-    return {packed_values,      pack_forward, pack_backward, forward_workspace,
-            backward_workspace, forward,      backward,      weight_stride};
+    return {G,
+            Cell::saved,
+            packed_values,
+            pack_forward,
+            pack_backward,
+            forward_workspace,
+            backward_workspace,
+            forward,
+            backward,
+            weight_stride};
   }
 };
 
 }  // namespace
-
-static_assert(kGates[2] == Gru::gates && kSaved[2] == Gru::saved && kStates[2] == Gru::states);
-static_assert(kGates[3] == Lstm::gates && kSaved[3] == Lstm::saved && kStates[3] == Lstm::states);
 
 #define SIRE_QUOTE(x) #x
 #define SIRE_NAME(isa) SIRE_QUOTE(isa)

@@ -126,6 +126,12 @@ struct Math : Vector<T> {
   }
 };
 
+// Vectors that n values take.
+template <class T>
+int64_t vectors(int64_t n) {
+  return (n + Math<T>::width - 1) / Math<T>::width;
+}
+
 // The right-hand matrix of a product, as rows of vectors: `vector_step` from one vector of a row to the next,
 // `row_step` from one row to the next (0: packed by pack(), tile by tile).
 template <class T>
@@ -169,21 +175,14 @@ void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_
     }
 }
 
-template <class T, int R>
-void tile_of(int vectors, int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step,
-             const T* const* init, T* const* out, int64_t column) {
-  switch (vectors) {
-    case 1:
-      return tile<T, R, 1>(K, a, a_step, w, row_step, init, out, column);
-    case 2:
-      return tile<T, R, 2>(K, a, a_step, w, row_step, init, out, column);
-#if defined(__AVX512F__) || defined(__aarch64__)
-    case 3:
-      return tile<T, R, 3>(K, a, a_step, w, row_step, init, out, column);
-    case 4:
-      return tile<T, R, 4>(K, a, a_step, w, row_step, init, out, column);
-#endif
-  }
+// The tile of at most R rows and N vectors that fits.
+template <class T, int R = kTileRows, int N = kTileVectors, class... Arguments>
+void any_tile(int rows, int vectors, Arguments... arguments) {
+  if constexpr (R > 1)
+    if (rows < R) return any_tile<T, R - 1, N>(rows, vectors, arguments...);
+  if constexpr (N > 1)
+    if (vectors < N) return any_tile<T, R, N - 1>(rows, vectors, arguments...);
+  tile<T, R, N>(arguments...);
 }
 
 // The same for up to kTileRows rows and all `vectors` of their columns.
@@ -193,28 +192,8 @@ void panel(int rows, int64_t vectors, int64_t K, const T* const* a, int64_t a_st
   constexpr int width = Math<T>::width;
   for (int64_t v = 0; v < vectors; v += kTileVectors) {
     const int n = vectors - v < kTileVectors ? int(vectors - v) : kTileVectors;
-    const T* p = w.p + v * w.vector_step;
-    const int64_t step = w.row_step ? w.row_step : n * width;
-    switch (rows) {
-      case 1:
-        tile_of<T, 1>(n, K, a, a_step, p, step, init, out, v * width);
-        break;
-      case 2:
-        tile_of<T, 2>(n, K, a, a_step, p, step, init, out, v * width);
-        break;
-      case 3:
-        tile_of<T, 3>(n, K, a, a_step, p, step, init, out, v * width);
-        break;
-      case 4:
-        tile_of<T, 4>(n, K, a, a_step, p, step, init, out, v * width);
-        break;
-      case 5:
-        tile_of<T, 5>(n, K, a, a_step, p, step, init, out, v * width);
-        break;
-      case 6:
-        tile_of<T, 6>(n, K, a, a_step, p, step, init, out, v * width);
-        break;
-    }
+    const int64_t row_step = w.row_step ? w.row_step : n * width;
+    any_tile<T>(rows, n, K, a, a_step, w.p + v * w.vector_step, row_step, init, out, v * width);
   }
 }
 
@@ -234,7 +213,7 @@ void each_panel(int64_t n, F body) {
 template <class T>
 void pack(const T* from, int64_t k_step, int64_t n_step, int64_t K, int64_t N, T* to) {
   constexpr int width = Math<T>::width, tile_columns = kTileVectors * width;
-  const int64_t padded = (N + width - 1) / width * width;
+  const int64_t padded = vectors<T>(N) * width;
   for (int64_t first = 0; first < padded; first += tile_columns) {
     const int64_t columns = padded - first < tile_columns ? padded - first : tile_columns;
     for (int64_t k = 0; k < K; ++k)

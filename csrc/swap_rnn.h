@@ -82,6 +82,7 @@ struct Workspace {
 // One instruction set's build of the kernels.
 template <class T>
 struct Kernels {
+  int gates, saved;                        // G and N of the cell
   int64_t (*packed_values)(const Sizes&);  // size of the packed weights
   void (*pack_forward)(const Forward<T>&, T* packed);
   void (*pack_backward)(const Backward<T>&, T* packed);
@@ -95,7 +96,6 @@ struct Kernels {
 };
 
 constexpr int kCells = 4;  // rnn_tanh, rnn_relu, gru, lstm
-constexpr int kGates[kCells] = {1, 1, 3, 4}, kStates[kCells] = {1, 1, 1, 2}, kSaved[kCells] = {0, 0, 4, 4};
 
 struct InstructionSet {
   const char* name;

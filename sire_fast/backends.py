@@ -48,12 +48,13 @@ def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device 
         NotImplementedError: the named or forced backend cannot serve the call; the message lists its reasons.
     """
     call = {"cell": cell, "dtype": dtype, "device": torch.device(device), "hidden_size": hidden_size}
-    if backend == "auto":
-        backend = _forced or next(name for name, reasons in BACKENDS.items() if not reasons(**call))
-    reasons = why_not(backend, **call)
+    if backend == "auto" and not _forced:
+        return next(name for name, reasons in BACKENDS.items() if not reasons(**call))
+    named = _forced if backend == "auto" else backend
+    reasons = why_not(named, **call)
     if reasons:
         raise NotImplementedError("; ".join(reasons))
-    return backend
+    return named
 
 
 def why_no_kernel(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:

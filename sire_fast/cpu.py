@@ -15,8 +15,8 @@ except ImportError as error:
     _C = None
     MISSING = str(error)
 
-# values of H each that a step keeps for its gradient besides the states: csrc/cells.h's `saved`
-SAVED_GATES = {"rnn_tanh": 0, "rnn_relu": 0, "gru": 4, "lstm": 4}
+# cell -> how many values of H each a step keeps for its gradient besides the states
+SAVED_GATES: dict[str, int] = _C.saved_gates() if _C else {}
 
 _DTYPES = (torch.float32, torch.float64)
 

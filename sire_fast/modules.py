@@ -13,16 +13,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from sire_fast import backends, functional
 from sire_fast.cells import CELLS, States
-from sire_fast.reference import check_swaps, with_variants
+from sire_fast.reference import check_swaps, fill_defaults, with_variants
 from sire_fast.swaps import Adjacent, Sampler
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
-_TORCH_PASS = {
-    "rnn_tanh": torch._VF.rnn_tanh,
-    "rnn_relu": torch._VF.rnn_relu,
-    "gru": torch._VF.gru,
-    "lstm": torch._VF.lstm,
-}
 COMPARES = ("end", "swap")
 
 
@@ -35,6 +29,10 @@ class Pass(NamedTuple):
     variants: Tensor  # (B, K, D)
     cells: Tensor | None  # (L, B, H), c of the original; None where it is not known
     variant_cells: Tensor | None  # (B, K, H)
+
+    def compared(self, track: Tensor) -> Tensor:
+        """What `output` or `cells` holds where the variants are compared, (B, K, ...)."""
+        return track[self.at, torch.arange(len(self.at), device=self.at.device)[:, None]]
 
 
 class _SwapLayer(nn.RNNBase):
@@ -69,13 +67,27 @@ class _SwapLayer(nn.RNNBase):
             reasons.append("bidirectional=True: fused for one direction")
         if self.proj_size:
             reasons.append(f"proj_size={self.proj_size}: fused without a projection")
+        return reasons + backends.why_no_kernel(**self._call)
+
+    @property
+    def backend(self) -> str:
+        """What runs this layer: a key of sire_fast.backends.BACKENDS, or "torch" for torch's own layer."""
+        return "torch" if self.why_not_fused() else backends.choose("auto", **self._call)
+
+    @property
+    def _cell(self) -> str:
+        return _MODE_CELLS[self.mode]
+
+    @property
+    def _call(self) -> dict[str, Any]:
+        """The layer as sire_fast.backends asks for it."""
         weight = self.weight_hh_l0
-        return reasons + backends.why_no_kernel(
-            cell=_MODE_CELLS[self.mode],
-            dtype=weight.dtype,
-            device=weight.device,
-            hidden_size=self.hidden_size,
-        )
+        return {
+            "cell": self._cell,
+            "dtype": weight.dtype,
+            "device": weight.device,
+            "hidden_size": self.hidden_size,
+        }
 
     def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
         """As torch.nn's layer: same arguments, result and errors. In training mode and with swaps it also runs the
@@ -154,11 +166,7 @@ class _SwapLayer(nn.RNNBase):
 
     def _ends(self, x: Tensor, lengths: Tensor | None, pairs: Tensor) -> Tensor:
         """The step at which each variant is compared, (B, K)."""
-        if self.compare == "swap":
-            return pairs[..., 1]
-        if lengths is None:
-            return torch.full_like(pairs[..., 1], x.shape[0] - 1)
-        return (lengths - 1)[:, None].expand(pairs.shape[:2])
+        return pairs[..., 1] if self.compare == "swap" else fill_defaults(x, pairs, None, lengths)[0]
 
     def _weights(self, layer: int) -> list[Tensor]:
         directions = 2 if self.bidirectional else 1
@@ -174,7 +182,7 @@ class _SwapLayer(nn.RNNBase):
         swaps = torch.empty(x.shape[1], 0, 2, dtype=torch.int64, device=x.device) if pairs is None else pairs
         ends = None if pairs is None else self._ends(x, lengths, pairs)
         run = functional.swap_rnn(
-            _MODE_CELLS[self.mode],
+            self._cell,
             x_proj,
             w_hh,
             b_hh,
@@ -191,7 +199,7 @@ class _SwapLayer(nn.RNNBase):
     def _stacked(self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor) -> tuple[Tensor, States]:
         """Any layer: torch's, one after the other, on the original and its variants as one batch."""
         steps, batch, _ = x.shape
-        check_swaps(steps, batch, pairs, lengths)
+        check_swaps(x, pairs, lengths)
         rows = 1 + pairs.shape[1]
         y = with_variants(x, pairs).flatten(1, 2)  # (T, B * (1 + K), I)
         states = tuple(s.repeat_interleave(rows, 1) for s in hx)
@@ -232,7 +240,7 @@ class _SwapLayer(nn.RNNBase):
         return base, torch.cat((ahead[ends, row, variant], back[starts, row, variant]), -1)
 
     def _torch_pass(self, layer: int, x: Tensor, lengths: Tensor | None, hx: States) -> tuple[Tensor, ...]:
-        run = _TORCH_PASS[_MODE_CELLS[self.mode]]
+        run = getattr(torch._VF, self._cell)
         start = list(hx) if self._two_states else hx[0]
         settings = (self._weights(layer), self.bias, 1, 0.0, self.training, self.bidirectional)
         if lengths is None:

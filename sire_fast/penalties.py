@@ -58,10 +58,9 @@ def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None,
 
 
 def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
-    row = torch.arange(run.at.shape[0], device=run.at.device)[:, None]
     each, count = run.penalty, run.penalty.numel()
     if through is not None and count:
-        base, variants = run.output[run.at, row].unbind(1), run.variants.unbind(1)
+        base, variants = run.compared(run.output).unbind(1), run.variants.unbind(1)
         compared = _alike("through", through, [*base, *variants])
         each = _distances(compared[: len(base)], compared[len(base) :])
     if state == "all" and layer.mode == "LSTM":
@@ -70,7 +69,7 @@ def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Ten
                 'state: "all" with compare="swap" needs c at every step, which this layer does not have: '
                 + "; ".join(layer.why_not_fused())
             )
-        each = each + (run.variant_cells - run.cells[run.at, row]).square().sum(-1)
+        each = each + (run.variant_cells - run.compared(run.cells)).square().sum(-1)
     return each.mean() if count else each.sum()
 
 
@@ -109,7 +108,7 @@ def swap_penalty(
     steps, batch = sequences.shape[:2]
     if not isinstance(swaps, Tensor):
         swaps = swaps(steps if lengths is None else lengths, batch, None, x.device)
-    check_swaps(steps, batch, swaps, lengths)
+    check_swaps(sequences, swaps, lengths)
     rows = with_variants(sequences, swaps).unbind(2)  # 1 + K of (T, B, ...)
     if batch_first:
         rows = [row.transpose(0, 1) for row in rows]

@@ -94,10 +94,11 @@ def with_variants(x: Tensor, swaps: Tensor) -> Tensor:
     return x[position.permute(2, 0, 1), torch.arange(batch, device=x.device)[:, None]]
 
 
-def fill_defaults(x_proj: Tensor, swaps: Tensor, ends: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`ends` and `lengths` as tensors: variants run to the last step of sequences of full length by default."""
+def fill_defaults(x: Tensor, swaps: Tensor, ends: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`ends` and `lengths` as tensors: variants run to the last step of sequences x, (T, B, ...), of full length by
+    default."""
     if lengths is None:
-        lengths = x_proj.new_full((x_proj.shape[1],), x_proj.shape[0], dtype=torch.int64)
+        lengths = x.new_full((x.shape[1],), x.shape[0], dtype=torch.int64)
     if ends is None:
         ends = (lengths - 1)[:, None].expand(-1, swaps.shape[1])
     return ends, lengths
@@ -154,13 +155,13 @@ def check_arguments(
             raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
 
 
-def check_swaps(steps: int, batch: int, swaps: Tensor, lengths: Tensor | None) -> None:
-    """Raise a ValueError unless `swaps` are pairs of positions inside B sequences: what a sampler has to return."""
+def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:
+    """Raise a ValueError unless `swaps` are pairs of positions inside the sequences x, (T, B, ...): what a sampler has
+    to return."""
+    steps, batch = x.shape[:2]
     if swaps.dim() != 3 or swaps.shape[::2] != (batch, 2) or swaps.dtype != torch.int64:
         raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(swaps.shape)} {swaps.dtype}")
-    if lengths is None:
-        lengths = torch.full((batch,), steps, device=swaps.device)
-    check_positions(steps, swaps, (lengths - 1)[:, None].expand(swaps.shape[:2]), lengths)
+    check_positions(steps, swaps, *fill_defaults(x, swaps, None, lengths))
 
 
 def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> None:

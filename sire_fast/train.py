@@ -30,8 +30,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import sire_fast
-from sire_fast import backends, swaps
-from sire_fast.cells import CELLS
+from sire_fast import swaps
 from sire_fast.modules import COMPARES
 from sire_fast.tasks import TASKS, Task
 
@@ -303,7 +302,7 @@ class Run:
         result = {
             "task": self.config.task,
             "config": asdict(self.config),
-            "backend": _backend(self.model),
+            "backend": self.model.layer.backend,
             **evaluate(self.model, self.task),
             "seconds": self.seconds,
             "versions": {
@@ -359,16 +358,6 @@ def _validate(model: Model, task: Task) -> float:
         x, y = task.sample(length, _VALIDATION_SEQUENCES, generator)
         scores.append(metric(task.answer(model(x.to(device))), y.to(device)).item())
     return sum(scores) / len(scores)
-
-
-def _backend(model: Model) -> str:
-    """Name of what computed the recurrent layer: one of sire_fast's backends, or torch's own layer."""
-    layer = model.layer
-    if layer.why_not_fused():
-        return "torch"
-    cell = next(name for name, cell in CELLS.items() if cell.mode == layer.mode)
-    weight = layer.weight_hh_l0
-    return backends.choose("auto", cell=cell, dtype=weight.dtype, device=weight.device, hidden_size=layer.hidden_size)
 
 
 def _curves(run: Run) -> Figure:
