@@ -3,8 +3,10 @@
 Everything else about the package stands in pyproject.toml.
 """
 
+import os
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -15,6 +17,7 @@ INSTRUCTION_SETS = {"Baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     INSTRUCTION_SETS["Avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["Avx512"] = ["-mavx512f", "-mfma", "-mprefer-vector-width=512"]
+    INSTRUCTION_SETS["Avx512Bf16"] = [*INSTRUCTION_SETS["Avx512"], "-mavx512vl", "-mavx512bf16"]
 
 FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -23,14 +26,17 @@ class BuildKernels(build_ext):
     """Compiles the kernels of each instruction set before the extension that links them."""
 
     def build_extension(self, ext):
-        for name, flags in INSTRUCTION_SETS.items():
-            ext.extra_objects += self.compiler.compile(
+        def compiled(name):
+            return self.compiler.compile(
                 ["csrc/cpu_kernel.cpp"],
                 output_dir=f"{self.build_temp}/{name}",
                 macros=[("SIRE_ISA", name)],
-                extra_postargs=[*FLAGS, *flags],
+                extra_postargs=[*FLAGS, *INSTRUCTION_SETS[name]],
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects += [o for objects in pool.map(compiled, INSTRUCTION_SETS) for o in objects]
         super().build_extension(ext)
 
 

@@ -29,56 +29,43 @@ class Reader {
   Addresses::const_iterator next_;
 };
 
+using SizeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
 template <class T>
-void run_forward(int cell, int threads, bool train, const Sizes& size, const Addresses& inputs,
-                 const Addresses& outputs) {
-  Forward<T> f{};
-  f.size = size;
-  f.train = train;
-  Reader in(inputs), out(outputs);
-  f.x_proj = in.get<const T>();
-  f.w_hh = in.get<const T>();
-  f.b_hh = in.get<const T>();
-  for (auto& start : f.start) start = in.get<const T>();
-  f.swaps.swaps = in.get<const int64_t>();
-  f.swaps.ends = in.get<const int64_t>();
-  f.swaps.lengths = in.get<const int64_t>();
-  f.states[0] = out.get<T>();
-  for (auto& last : f.last) last = out.get<T>();
-  f.variants[0] = out.get<T>();
-  f.penalty = out.get<T>();
-  f.states[1] = out.get<T>();
-  f.variants[1] = out.get<T>();
-  f.gates = out.get<T>();
-  f.spans = out.get<T>();
-  forward(cell, f, threads);
+void read_inputs(Inputs<T>& to, const SizeTuple& size, bool recompute, Reader& in) {
+  std::apply([&](auto... sizes) { to.size = {sizes...}; }, size);
+  to.recompute = recompute;
+  for (const T** p : {&to.x, &to.w_ih, &to.b_ih, &to.w_hh, &to.b_hh, &to.start[0], &to.start[1]})
+    *p = in.get<const T>();
+  for (const int64_t** p : {&to.swaps.swaps, &to.swaps.ends, &to.swaps.lengths}) *p = in.get<const int64_t>();
 }
 
 template <class T>
-void run_backward(int cell, int threads, const Sizes& size, const Addresses& inputs,
-                  const Addresses& outputs) {
-  Backward<T> g{};
-  g.size = size;
+void run_forward(const Kernels<T>& kernels, int threads, bool train, bool recompute, const SizeTuple& size,
+                 const Addresses& inputs, const Addresses& outputs) {
+  Forward<T> f{};
   Reader in(inputs), out(outputs);
-  g.d_states[0] = in.get<const T>();
-  for (auto& last : g.d_last) last = in.get<const T>();
-  g.d_variants[0] = in.get<const T>();
-  g.d_penalty = in.get<const T>();
-  g.d_states[1] = in.get<const T>();
-  g.d_variants[1] = in.get<const T>();
-  g.w_hh = in.get<const T>();
-  for (auto& start : g.start) start = in.get<const T>();
-  g.swaps.swaps = in.get<const int64_t>();
-  g.swaps.ends = in.get<const int64_t>();
-  g.swaps.lengths = in.get<const int64_t>();
-  for (auto& states : g.states) states = in.get<const T>();
-  g.gates = in.get<const T>();
-  g.spans = in.get<const T>();
-  g.dx_proj = out.get<T>();
-  g.dw_hh = out.get<T>();
-  g.db_hh = out.get<T>();
-  for (auto& start : g.d_start) start = out.get<T>();
-  backward(cell, g, threads);
+  read_inputs(f, size, recompute, in);
+  f.train = train;
+  for (T** p : {&f.states[0], &f.last[0], &f.last[1], &f.variants[0], &f.penalty, &f.states[1],
+                &f.variants[1], &f.gates, &f.spans})
+    *p = out.get<T>();
+  forward(kernels, f, threads);
+}
+
+template <class T>
+void run_backward(const Kernels<T>& kernels, int threads, bool recompute, const SizeTuple& size,
+                  const Addresses& inputs, const Addresses& outputs) {
+  Backward<T> g{};
+  Reader in(inputs), out(outputs);
+  for (const T** p : {&g.d_states[0], &g.d_last[0], &g.d_last[1], &g.d_variants[0], &g.d_penalty,
+                      &g.d_states[1], &g.d_variants[1]})
+    *p = in.get<const T>();
+  read_inputs(g, size, recompute, in);
+  for (const T** p : {&g.states[0], &g.states[1], &g.gates, &g.spans}) *p = in.get<const T>();
+  for (T** p : {&g.dx, &g.dw_ih, &g.db_ih, &g.dw_hh, &g.db_hh, &g.d_start[0], &g.d_start[1]})
+    *p = out.get<T>();
+  backward(kernels, g, threads);
 }
 
 constexpr std::array<const char*, kCells> kCellNames{"rnn_tanh", "rnn_relu", "gru", "lstm"};
@@ -89,9 +76,33 @@ int cell_number(const std::string& name) {
   throw py::value_error("cell: got " + name);
 }
 
-using SizeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+// Calls run(kernels) with those for arithmetic in "float32", "float64", or "bfloat16": products of bfloat16.
+template <class F>
+void with_kernels(const std::string& cell, const std::string& arithmetic, const F& run) {
+  const InstructionSet& set = *instruction_set();
+  const int number = cell_number(cell);
+  py::gil_scoped_release unlocked;
+  if (arithmetic == "float64")
+    run(set.f64[number]);
+  else
+    run((arithmetic == "bfloat16" ? set.bf16 : set.f32)[number]);
+}
 
-Sizes sizes(const SizeTuple& t) { return {std::get<0>(t), std::get<1>(t), std::get<2>(t), std::get<3>(t)}; }
+// Rows of `spans`, (S + N)*H values each, that a call needs; -1 if a length, a swap or an end is outside its
+// sequence.
+int64_t span_rows(int64_t T, int64_t B, int64_t K, const Swaps& s) {
+  int64_t rows = 0;
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t length = s.lengths[b];
+    if (length < 1 || length > T) return -1;
+    for (int64_t v = b * K; v < (b + 1) * K; ++v) {
+      const int64_t i = s.swaps[2 * v], j = s.swaps[2 * v + 1], end = s.ends[v];
+      if (i < 0 || i > j || j > end || end >= length) return -1;
+      if (i < j) rows += end - i + 1;
+    }
+  }
+  return rows;
+}
 
 }  // namespace
 
@@ -116,17 +127,19 @@ PYBIND11_MODULE(_C, m) {
       }
     throw py::value_error("instruction set: this machine has no " + name);
   });
-  m.def("forward", [](const std::string& cell, bool is_double, int threads, bool train, const SizeTuple& size,
-                      const Addresses& inputs, const Addresses& outputs) {
-    const int number = cell_number(cell);
-    py::gil_scoped_release unlocked;
-    (is_double ? run_forward<double> : run_forward<float>)(number, threads, train, sizes(size), inputs,
-                                                           outputs);
+  m.def("span_rows", [](int64_t T, int64_t B, int64_t K, uintptr_t swaps, uintptr_t ends, uintptr_t lengths) {
+    const auto at = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+    return span_rows(T, B, K, {at(swaps), at(ends), at(lengths)});
   });
-  m.def("backward", [](const std::string& cell, bool is_double, int threads, const SizeTuple& size,
-                       const Addresses& inputs, const Addresses& outputs) {
-    const int number = cell_number(cell);
-    py::gil_scoped_release unlocked;
-    (is_double ? run_backward<double> : run_backward<float>)(number, threads, sizes(size), inputs, outputs);
+  m.def("forward", [](const std::string& cell, const std::string& arithmetic, int threads, bool train,
+                      bool recompute, const SizeTuple& size, const Addresses& inputs,
+                      const Addresses& outputs) {
+    with_kernels(cell, arithmetic,
+                 [&](const auto& k) { run_forward(k, threads, train, recompute, size, inputs, outputs); });
+  });
+  m.def("backward", [](const std::string& cell, const std::string& arithmetic, int threads, bool recompute,
+                       const SizeTuple& size, const Addresses& inputs, const Addresses& outputs) {
+    with_kernels(cell, arithmetic,
+                 [&](const auto& k) { run_backward(k, threads, recompute, size, inputs, outputs); });
   });
 }

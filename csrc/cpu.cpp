@@ -1,5 +1,6 @@
 // One call on the CPU: who does which sequences, on which threads, with which instruction set's kernels.
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
@@ -7,7 +8,6 @@
 #include <memory>
 #include <new>
 #include <thread>
-#include <type_traits>
 #include <vector>
 
 #include "swap_rnn.h"
@@ -17,6 +17,8 @@ namespace sire_fast {
 std::vector<const InstructionSet*> instruction_sets() {
   std::vector<const InstructionSet*> sets;
 #ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"))
+    sets.push_back(&kAvx512Bf16);
   if (__builtin_cpu_supports("avx512f")) sets.push_back(&kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(&kAvx2);
 #endif
@@ -31,21 +33,17 @@ const InstructionSet*& instruction_set() {
 
 namespace {
 
-template <class T>
-const Kernels<T>& kernels(int cell) {
-  if constexpr (std::is_same_v<T, float>)
-    return instruction_set()->f32[cell];
-  else
-    return instruction_set()->f64[cell];
-}
-
-// Memory that starts at a cache line; not initialised.
+// Memory that starts at a cache line, or where it is large at a huge page; not initialised.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : memory_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
+  explicit Buffer(int64_t n) {
+    const size_t bytes = n * sizeof(T), unit = bytes < 4 * kHugePage ? 64 : kHugePage;
+    memory_.reset(static_cast<T*>(std::aligned_alloc(unit, (bytes / unit + 1) * unit)));
     if (!memory_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (unit == kHugePage) madvise(memory_.get(), bytes, MADV_HUGEPAGE);  // only advice: it may fail
+#endif
   }
   operator T*() const { return memory_.get(); }
 
@@ -53,17 +51,8 @@ class Buffer {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
+  static constexpr size_t kHugePage = size_t(2) << 20;
   std::unique_ptr<T, Free> memory_;
-};
-
-// What one share works in.
-template <class T>
-struct Scratch {
-  explicit Scratch(const Workspace& space)
-      : values(space.values), pointers(space.pointers), numbers(space.numbers) {}
-  Buffer<T> values;
-  Buffer<T*> pointers;
-  Buffer<int64_t> numbers;
 };
 
 // Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it
@@ -165,50 +154,49 @@ class Plan {
   std::vector<int64_t> by_start_, by_end_, first_row_, begins_;
 };
 
+// Runs all shares of a call, each in memory of its own, and then `after` on what they have left at the front
+// of it.
+template <class T, class Call, class F>
+void run(const Kernel<T, Call>& kernel, const Call& call, int threads, const F& after) {
+  const Plan plan(call.size, call.swaps, threads);
+  const int n_shares = int(plan.shares.size());
+  const Buffer<T> packed(kernel.packed(call));
+  parallel(n_shares, [&](int n) { kernel.pack(call, n, n_shares, packed); });
+
+  std::vector<Buffer<T>> values;
+  std::vector<Buffer<T*>> pointers;
+  std::vector<Buffer<int64_t>> numbers;
+  for (const Share& share : plan.shares) {
+    const Workspace space = kernel.workspace(call, share);
+    values.emplace_back(space.values);
+    pointers.emplace_back(space.pointers);
+    numbers.emplace_back(space.numbers);
+  }
+  parallel(n_shares, [&](int n) {
+    kernel.run(call, plan.shares[n], packed, Scratch<T>{values[n], pointers[n], numbers[n]});
+  });
+  after(values);
+}
+
 }  // namespace
 
 template <class T>
-void forward(int cell, const Forward<T>& f, int threads) {
-  const Kernels<T>& kernel = kernels<T>(cell);
-  const Plan plan(f.size, f.swaps, threads);
-  const Buffer<T> packed(kernel.packed_values(f.size));
-  kernel.pack_forward(f, packed);
-  std::vector<Scratch<T>> scratch;
-  for (const Share& share : plan.shares) scratch.emplace_back(kernel.forward_workspace(f.size, share));
-  parallel(int(plan.shares.size()),
-           [&](int n) { kernel.forward(f, plan.shares[n], packed, scratch[n].values, scratch[n].numbers); });
+void forward(const Kernels<T>& kernels, const Forward<T>& f, int threads) {
+  run(kernels.forward, f, threads, [](const std::vector<Buffer<T>>&) {});
 }
 
 template <class T>
-void backward(int cell, const Backward<T>& g, int threads) {
-  const Kernels<T>& kernel = kernels<T>(cell);
-  const Plan plan(g.size, g.swaps, threads);
-  const Buffer<T> packed(kernel.packed_values(g.size));
-  kernel.pack_backward(g, packed);
-  std::vector<Scratch<T>> scratch;
-  for (const Share& share : plan.shares) scratch.emplace_back(kernel.backward_workspace(g.size, share));
-  parallel(int(plan.shares.size()), [&](int n) {
-    const Scratch<T>& space = scratch[n];
-    kernel.backward(g, plan.shares[n], packed, space.values, space.pointers, space.numbers);
+void backward(const Kernels<T>& kernels, const Backward<T>& g, int threads) {
+  run(kernels.backward, g, threads, [&](const std::vector<Buffer<T>>& values) {
+    const std::vector<const T*> shares(values.begin(), values.end());
+    const int n_shares = int(shares.size());
+    parallel(n_shares, [&](int n) { kernels.reduce(g, shares.data(), n_shares, n, n_shares); });
   });
-
-  // summed over the shares in their order: the same bits every time
-  const int64_t H = g.size.H, width = kernel.gates * H, stride = kernel.weight_stride(g.size);
-  for (size_t n = 0; n < scratch.size(); ++n) {
-    const T* dw = scratch[n].values;
-    const T* db = dw + width * stride;
-    for (int64_t r = 0; g.dw_hh && r < width; ++r)
-      for (int64_t h = 0; h < H; ++h) {
-        T& sum = g.dw_hh[r * H + h];
-        sum = n ? sum + dw[r * stride + h] : dw[r * stride + h];
-      }
-    for (int64_t r = 0; g.db_hh && r < width; ++r) g.db_hh[r] = n ? g.db_hh[r] + db[r] : db[r];
-  }
 }
 
-template void forward(int, const Forward<float>&, int);
-template void forward(int, const Forward<double>&, int);
-template void backward(int, const Backward<float>&, int);
-template void backward(int, const Backward<double>&, int);
+template void forward(const Kernels<float>&, const Forward<float>&, int);
+template void forward(const Kernels<double>&, const Forward<double>&, int);
+template void backward(const Kernels<float>&, const Backward<float>&, int);
+template void backward(const Kernels<double>&, const Backward<double>&, int);
 
 }  // namespace sire_fast

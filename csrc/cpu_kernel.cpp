@@ -84,11 +84,11 @@ void step_row(int64_t H, const T* x, const T* u, const T* const* s, T* const* ne
   });
 }
 
-// Its gradient: dx (G*H) is added to, unless null; du (G*H) and ds are written, or with Add added to. ds may
-// be dnext.
+// Its gradient: dx (G*H), unless null, is written, or with add_dx added to; du (G*H) and ds are written, or
+// with Add added to. ds may be dnext.
 template <class Cell, bool Add, class T>
 void step_backward_row(int64_t H, const T* const* dnext, const T* const* s, const T* const* next,
-                       const T* gates, T* dx, T* du, T* const* ds) {
+                       const T* gates, T* dx, bool add_dx, T* du, T* const* ds) {
   using M = Math<T>;
   using V = typename M::V;
   each_vector<T>(H, [&](int64_t h, auto... n) __attribute__((always_inline)) {
@@ -104,24 +104,38 @@ void step_backward_row(int64_t H, const T* const* dnext, const T* const* s, cons
     for (int g = 0; g < Cell::gates; ++g) {
       T* to = du + g * H + h;
       M::store(to, Add ? M::load(to, n...) + vdu[g] : vdu[g], n...);
-      if (dx) M::store(dx + g * H + h, M::load(dx + g * H + h, n...) + vdx[g], n...);
+      if (T* to = dx + g * H + h; dx) M::store(to, add_dx ? M::load(to, n...) + vdx[g] : vdx[g], n...);
     }
     for (int k = 0; k < Cell::states; ++k)
       M::store(ds[k] + h, Add ? M::load(ds[k] + h, n...) + vds[k] : vds[k], n...);
   });
 }
 
-// Where things lie; P is Forward<T> or Backward<T>, and Value what its pointers to states, gates and spans
-// are to.
-template <class Cell, class T, class P, class Value>
-struct Layout {
-  const P& p;
-  const Schedule& schedule;
-  int64_t B = p.size.B, K = p.size.K, H = p.size.H;
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
 
-  int64_t i(int64_t v) const { return p.swaps.swaps[2 * v]; }
-  int64_t j(int64_t v) const { return p.swaps.swaps[2 * v + 1]; }
-  int64_t end(int64_t v) const { return p.swaps.ends[v]; }
+// Rows of values for the steps t of sequences b.
+template <class T>
+struct Rows {
+  T* p;
+  int64_t per_step, per_sequence, first;  // sequence
+  T* operator()(int64_t t, int64_t b) const { return p + t * per_step + (b - first) * per_sequence; }
+};
+
+// Where things lie; Call is Forward<T> or Backward<T>, and Value what its pointers to states, gates and spans
+// are to.
+template <class Cell, class T, class Call, class Value>
+struct Layout {
+  const Call& call;
+  const Schedule& schedule;
+  int64_t B = call.size.B, K = call.size.K, H = call.size.H;
+  int64_t kept = call.recompute ? 0 : Cell::saved * H;  // gates of a step
+
+  int64_t i(int64_t v) const { return call.swaps.swaps[2 * v]; }
+  int64_t j(int64_t v) const { return call.swaps.swaps[2 * v + 1]; }
+  int64_t end(int64_t v) const { return call.swaps.ends[v]; }
   int64_t sequence(int64_t v) const { return v / K; }
 
   // the step whose input variant v reads at step t
@@ -130,57 +144,151 @@ struct Layout {
   // states of sequence b before step t
   void before(int64_t b, int64_t t, const T** s) const {
     for (int k = 0; k < Cell::states; ++k)
-      s[k] = t ? p.states[k] + ((t - 1) * B + b) * H : p.start[k] + b * H;
+      s[k] = t ? call.states[k] + ((t - 1) * B + b) * H : call.start[k] + b * H;
   }
 
   // states and gates of sequence b after step t
   Value* after(int64_t b, int64_t t, Value** s) const {
-    for (int k = 0; k < Cell::states; ++k) s[k] = p.states[k] + (t * B + b) * H;
-    return p.gates + (t * B + b) * Cell::saved * H;
+    for (int k = 0; k < Cell::states; ++k) s[k] = call.states[k] + (t * B + b) * H;
+    return call.gates + (t * B + b) * kept;
   }
 
   // states and gates of variant v after step t of its span
   Value* span(int64_t v, int64_t t, Value** s) const {
-    Value* row = p.spans + (schedule.first_row[v] + t - i(v)) * (Cell::states + Cell::saved) * H;
+    Value* row = call.spans + (schedule.first_row[v] + t - i(v)) * (Cell::states * H + kept);
     for (int k = 0; k < Cell::states; ++k) s[k] = row + k * H;
     return row + Cell::states * H;
   }
 };
 
-template <class Cell, class T>
+template <class Cell, class T, class P>
 struct Pass {
   using M = Math<T>;
+  using Word = typename P::Word;
+  using In = Inputs<T>;
+  using ForwardLayout = Layout<Cell, T, Forward<T>, T>;
+  using BackwardLayout = Layout<Cell, T, Backward<T>, const T>;
   static constexpr int G = Cell::gates, S = Cell::states;
+
+  // ---------------------------------------------------------------- weights and inputs
+
+  // Both weights, packed one behind the other: of the forward, h W_hh' and x W_ih', or, transposed, of the
+  // backward, du W_hh and dx W_ih.
+  struct Weights {
+    int64_t hh, ih;  // values
+    Columns<Word> w_hh, w_ih;
+    int64_t values() const { return hh + ih; }
+  };
+
+  static Weights weights(const Sizes& z, bool transposed, const T* packed) {
+    const int64_t width = G * z.H;
+    const auto values = [&](int64_t n) {
+      return transposed ? packed_words<T, P>(width, n) : packed_words<T, P>(n, width);
+    };
+    const auto columns = [&](int64_t n, const T* at) {
+      return packed_columns<T, P>(reinterpret_cast<const Word*>(at), transposed ? width : n);
+    };
+    const int64_t hh = values(z.H), ih = z.I ? values(z.I) : 0;
+    return {hh, ih, columns(z.H, packed), columns(z.I, packed + hh)};
+  }
+
+  static void pack_weights(const In& in, bool transposed, int part, int parts, T* packed) {
+    const int64_t width = G * in.size.H;
+    const auto one = [&](const T* w, int64_t n, T* to) {
+      if (transposed)
+        pack<T, P>(part, parts, w, n, 1, width, n, reinterpret_cast<Word*>(to));
+      else
+        pack<T, P>(part, parts, w, 1, n, n, width, reinterpret_cast<Word*>(to));
+    };
+    one(in.w_hh, in.size.H, packed);
+    if (in.size.I) one(in.w_ih, in.size.I, packed + weights(in.size, transposed, packed).hh);
+  }
+
+  // Space for the rows of a panel as words, of n values each.
+  static int64_t row_words(int64_t n) { return P::converts ? kTileRows * stride<T>(n) : 0; }
+
+  static void pad(int64_t n, const T* bias, T* to) {
+    zero(stride<T>(n), to);
+    if (bias) copy(n, bias, to);
+  }
+
+  // Projected inputs of a share, and what projecting takes.
+  static int64_t projected_values(const Sizes& z, const Share& share) {
+    return z.I ? share.steps * (share.end - share.begin) * stride<T>(G * z.H) : 0;
+  }
+
+  static Rows<T> projected_rows(const Sizes& z, const Share& share, T* p) {
+    const int64_t width = stride<T>(G * z.H);
+    return {p, (share.end - share.begin) * width, width, share.begin};
+  }
+
+  // Calls body(n, t, b) for panels of n steps t[r] of sequences b[r] that are inside their sequences.
+  template <class F>
+  static void each_input_panel(const In& in, const Share& share, F body) {
+    int64_t steps[kTileRows], sequences[kTileRows];
+    int n = 0;
+    for (int64_t t = 0; t < share.steps; ++t)
+      for (int64_t b = share.begin; b < share.end; ++b) {
+        if (t >= in.swaps.lengths[b]) continue;
+        steps[n] = t;
+        sequences[n] = b;
+        if (++n < kTileRows) continue;
+        body(n, steps, sequences);
+        n = 0;
+      }
+    if (n) body(n, steps, sequences);
+  }
+
+  // The inputs as the gates read them: x itself, or where the weights are given W_ih x + b_ih in `values`.
+  static Rows<const T> inputs(const In& in, const Share& share, const Columns<Word>& w_ih, T* bias,
+                              Word* words, T* values) {
+    const int64_t B = in.size.B, I = in.size.I, width = G * in.size.H;
+    if (!I) return {in.x, B * width, width, 0};
+    const Rows<T> rows = projected_rows(in.size, share, values);
+    pad(width, in.b_ih, bias);
+    each_input_panel(in, share, [&](int n, const int64_t* t, const int64_t* b) {
+      const Word* a[kTileRows];
+      const T* init[kTileRows];
+      T* out[kTileRows];
+      for (int r = 0; r < n; ++r) {
+        a[r] = P::row(I, in.x + (t[r] * B + b[r]) * I, words + r * stride<T>(I));
+        init[r] = bias;
+        out[r] = rows(t[r], b[r]);
+      }
+      panel<T, P>(n, vectors<T>(width), P::words(I), a, 1, w_ih, init, out);
+    });
+    return {rows.p, rows.per_step, rows.per_sequence, rows.first};
+  }
 
   // ---------------------------------------------------------------- forward
 
-  static int64_t packed_values(const Sizes& z) {
-    const int64_t forward = G * z.H * M::width * vectors<T>(z.H),
-                  transposed = z.H * M::width * vectors<T>(G * z.H);
-    return forward > transposed ? forward : transposed;
+  static int64_t forward_packed(const Forward<T>& f) { return weights(f.size, false, nullptr).values(); }
+
+  static void pack_forward(const Forward<T>& f, int part, int parts, T* packed) {
+    pack_weights(f, false, part, parts, packed);
   }
 
-  static void pack_forward(const Forward<T>& f, T* packed) {
-    pack(f.w_hh, 1, f.size.H, f.size.H, G * f.size.H, packed);
+  static Workspace forward_workspace(const Forward<T>& f, const Share& share) {
+    const Sizes& z = f.size;
+    return {
+        (1 + kTileRows) * stride<T>(G * z.H) + row_words(z.H > z.I ? z.H : z.I) + projected_values(z, share),
+        0, share.end - share.begin + share.rows};
   }
 
-  static Workspace forward_workspace(const Sizes& z, const Share& share) {
-    return {(1 + kTileRows) * stride<T>(G * z.H), 0, share.end - share.begin + share.rows};
-  }
-
-  static void forward(const Forward<T>& f, const Share& share, const T* packed, T* values, int64_t* numbers) {
+  static void forward(const Forward<T>& f, const Share& share, const T* packed, const Scratch<T>& scratch) {
     const FlushDenormals guard;
-    const Layout<Cell, T, Forward<T>, T> at{f, share.schedule};
-    const int64_t B = at.B, H = at.H, width = stride<T>(G * H);
-    const Columns<T> w{packed, H * M::width, 0};
-    T* bias = values;
+    const ForwardLayout at{f, share.schedule};
+    const int64_t H = at.H, I = f.size.I, width = stride<T>(G * H);
+    const Weights w = weights(f.size, false, packed);
+    T* bias = scratch.values;
     T* u = bias + width;  // (kTileRows, G*H)
-    int64_t* sequences = numbers;
+    Word* words = reinterpret_cast<Word*>(u + kTileRows * width);
+    T* projected = u + kTileRows * width + row_words(H > I ? H : I);
+    const Rows<const T> x = inputs(f, share, w.w_ih, bias, words, projected);
+    int64_t* sequences = scratch.numbers;
     int64_t* running = sequences + (share.end - share.begin);
     int64_t n_running = 0;
-
-    zero(width, bias);
-    if (f.b_hh) copy(G * H, f.b_hh, bias);
+    pad(G * H, f.b_hh, bias);
 
     for (int64_t t = 0; t < share.steps; ++t) {
       int64_t n_sequences = 0;
@@ -190,44 +298,47 @@ struct Pass {
       const int64_t start_end = share.schedule.start_begin[t + 1];
 
       each_panel(n_sequences + n_running, [&](int64_t first, int count) {
-        const T* h[kTileRows];
+        const Word* h[kTileRows];
         const T* init[kTileRows];
+        const T* input[kTileRows];
         T* out[kTileRows];
         const T* s[kTileRows][S];
         for (int r = 0; r < count; ++r) {
           const int64_t row = first + r;
-          if (row < n_sequences)
+          if (row < n_sequences) {
             at.before(sequences[row], t, s[r]);
-          else
-            variant_after(f, at, running[row - n_sequences], t - 1, const_cast<T**>(s[r]));
-          h[r] = s[r][0];
+            input[r] = x(t, sequences[row]);
+          } else {
+            const int64_t v = running[row - n_sequences];
+            variant_after(at, v, t - 1, const_cast<T**>(s[r]));
+            input[r] = x(at.source(v, t), at.sequence(v));
+          }
+          h[r] = P::row(H, s[r][0], words + r * stride<T>(H));
           init[r] = bias;
           out[r] = u + r * width;
         }
-        panel(count, vectors<T>(G * H), H, h, 1, w, init, out);
+        panel<T, P>(count, vectors<T>(G * H), P::words(H), h, 1, w.w_hh, init, out, input);
 
         for (int r = 0; r < count; ++r) {
           T* next[S];
           if (first + r >= n_sequences) {
-            const int64_t v = running[first + r - n_sequences];
-            const T* x = f.x_proj + (at.source(v, t) * B + at.sequence(v)) * G * H;
-            T* gates = variant_after(f, at, v, t, next);
-            step_row<Cell>(H, x, out[r], s[r], next, gates);
+            T* gates = variant_after(at, running[first + r - n_sequences], t, next);
+            step_row<Cell>(H, input[r], out[r], s[r], next, gates);
             continue;
           }
           const int64_t b = sequences[first + r];
           T* gates = at.after(b, t, next);
-          step_row<Cell>(H, f.x_proj + (t * B + b) * G * H, out[r], s[r], next, f.train ? gates : nullptr);
+          step_row<Cell>(H, input[r], out[r], s[r], next, at.kept && f.train ? gates : nullptr);
           for (; starting < start_end && at.sequence(share.schedule.by_start[starting]) == b; ++starting) {
             const int64_t v = share.schedule.by_start[starting];
-            gates = variant_after(f, at, v, t, next);
-            step_row<Cell>(H, f.x_proj + (at.j(v) * B + b) * G * H, out[r], s[r], next, gates);
+            gates = variant_after(at, v, t, next);
+            step_row<Cell>(H, x(at.j(v), b), out[r], s[r], next, gates);
           }
         }
       });
 
       for (int64_t e = share.schedule.end_begin[t]; e < share.schedule.end_begin[t + 1]; ++e)
-        finish(f, at, share.schedule.by_end[e], t);
+        finish(at, share.schedule.by_end[e], t);
       int64_t kept = 0;
       for (int64_t r = 0; r < n_running; ++r)
         if (at.end(running[r]) > t) running[kept++] = running[r];
@@ -244,22 +355,25 @@ struct Pass {
       for (int64_t t = length; t < f.size.T; ++t) {
         T* gates = at.after(b, t, s);
         for (int k = 0; k < S; ++k) zero(H, s[k]);
-        if (f.train) zero(Cell::saved * H, gates);
+        if (f.train) zero(at.kept, gates);
       }
     }
   }
 
   // Where variant v's states and gates go at step t: into its span, or in inference into its result, over and
-  // over.
-  static T* variant_after(const Forward<T>& f, const Layout<Cell, T, Forward<T>, T>& at, int64_t v, int64_t t,
-                          T** s) {
-    if (f.train) return at.span(v, t, s);
-    for (int k = 0; k < S; ++k) s[k] = f.variants[k] + v * f.size.H;
+  // over. Returns null if no gates are kept.
+  static T* variant_after(const ForwardLayout& at, int64_t v, int64_t t, T** s) {
+    if (at.call.train) {
+      T* gates = at.span(v, t, s);
+      return at.kept ? gates : nullptr;
+    }
+    for (int k = 0; k < S; ++k) s[k] = at.call.variants[k] + v * at.H;
     return nullptr;
   }
 
   // The result of variant v, whose end is t.
-  static void finish(const Forward<T>& f, const Layout<Cell, T, Forward<T>, T>& at, int64_t v, int64_t t) {
+  static void finish(const ForwardLayout& at, int64_t v, int64_t t) {
+    const Forward<T>& f = at.call;
     const int64_t H = at.H;
     T* original[S];
     T* from[S];
@@ -267,7 +381,7 @@ struct Pass {
     if (at.i(v) == at.j(v))
       at.after(at.sequence(v), t, from);
     else
-      variant_after(f, at, v, t, from);
+      variant_after(at, v, t, from);
     for (int k = 0; k < S; ++k) copy(H, from[k], f.variants[k] + v * H);
     typename M::V total{};
     each_vector<T>(H, [&](int64_t h, auto... n) __attribute__((always_inline)) {
@@ -279,60 +393,105 @@ struct Pass {
 
   // ---------------------------------------------------------------- backward
 
-  static void pack_backward(const Backward<T>& g, T* packed) {
-    pack(g.w_hh, g.size.H, 1, G * g.size.H, g.size.H, packed);
+  // Sums over the steps of a share: of dW, (G*H, n) in rows of stride(n), and of db behind it.
+  struct Sums {
+    T* dw;
+    int64_t n, stride_n, width, stride_width;
+    T* db() const { return dw + width * stride_n; }
+    int64_t values() const { return width * stride_n + stride_width; }
+  };
+
+  static Sums sums(const Sizes& z, int64_t n, T* at) {
+    return {at, n, stride<T>(n), G * z.H, stride<T>(G * z.H)};
   }
 
-  static int64_t weight_stride(const Sizes& z) { return stride<T>(z.H); }
+  static int64_t backward_packed(const Backward<T>& g) {
+    return weights(g.size, true, nullptr).values() +
+           (g.recompute ? weights(g.size, false, nullptr).values() : 0);
+  }
 
-  // Rows that are collected before they are added to dW_hh: each time, all of dW_hh is read and written. No
-  // step has more than half as many: its originals and its running variants are at most share.rows each.
+  static void pack_backward(const Backward<T>& g, int part, int parts, T* packed) {
+    pack_weights(g, true, part, parts, packed);
+    if (g.recompute) pack_weights(g, false, part, parts, packed + weights(g.size, true, packed).values());
+  }
+
+  // Rows that are collected before they are added to dW: each time, all of dW is read and written. No step
+  // has more than half as many: its originals and its running variants are at most share.rows each.
   static int64_t collected(const Share& share) { return share.rows > 64 ? 2 * share.rows : 128; }
 
-  static Workspace backward_workspace(const Sizes& z, const Share& share) {
-    const int64_t states = S * stride<T>(z.H), sequences = share.end - share.begin;
-    const int64_t sums = G * z.H * stride<T>(z.H) + stride<T>(G * z.H);
-    return {
-        sums + (sequences + share.rows) * states + collected(share) * (stride<T>(G * z.H) + stride<T>(z.H)),
-        share.rows, sequences + 3 * share.rows};
+  // Where a share's scratch memory goes in the backward.
+  struct Space {
+    Sums hh, ih;  // first: reduce() reads them
+    T *ds_sequences, *ds_slots, *du, *before, *dx_row, *again, *bias, *dx_proj, *projected;
+    Word* words;
+    int64_t values, zeroed;
+    Space(const Backward<T>& g, const Share& share, T* p) {
+      const Sizes& z = g.size;
+      const int64_t n = share.end - share.begin, width = stride<T>(G * z.H), states = S * stride<T>(z.H),
+                    widest = stride<T>(z.H > z.I ? z.H : z.I);
+      T* at = p;
+      const auto take = [&](int64_t count) {
+        T* const here = at;
+        at += count;
+        return here;
+      };
+      hh = sums(z, z.H, take(sums(z, z.H, p).values()));
+      ih = sums(z, z.I, take(z.I ? sums(z, z.I, p).values() : 0));
+      ds_sequences = take(n * states);       // (sequences, S, H)
+      ds_slots = take(share.rows * states);  // (rows, S, H), one for each running variant
+      before = take(collected(share) * widest);
+      zeroed = at - p;
+      du = take(collected(share) * width);
+      dx_row = take(z.I ? kTileRows * stride<T>(z.I) : 0);
+      words = reinterpret_cast<Word*>(
+          take(P::converts ? collected(share) / 2 * (width + widest) + row_words(G * z.H) : 0));
+      // recomputed: W_hh h + b_hh of all rows of a step, and one row of states and gates
+      again = take(g.recompute ? share.rows * width + (S + Cell::saved) * stride<T>(z.H) : 0);
+      bias = take(g.recompute ? width : 0);
+      dx_proj = take(projected_values(z, share));
+      projected = take(g.recompute ? projected_values(z, share) : 0);
+      values = at - p;
+    }
+  };
+
+  static Workspace backward_workspace(const Backward<T>& g, const Share& share) {
+    const int64_t sequences = share.end - share.begin;
+    return {Space(g, share, nullptr).values, 2 * share.rows,
+            sequences + 3 * share.rows + share.steps * sequences};
   }
 
-  static void backward(const Backward<T>& g, const Share& share, const T* packed, T* values, T** pointers,
-                       int64_t* numbers) {
+  static void backward(const Backward<T>& g, const Share& share, const T* packed, const Scratch<T>& scratch) {
     const FlushDenormals guard;
-    const Layout<Cell, T, Backward<T>, const T> at{g, share.schedule};
+    const BackwardLayout at{g, share.schedule};
     const int64_t B = at.B, H = at.H, n_shared = share.end - share.begin;
     const int64_t h_stride = stride<T>(H), u_stride = stride<T>(G * H), state_stride = S * h_stride;
-    const Columns<T> w{packed, G * H * M::width, 0};
+    const Weights w = weights(g.size, true, packed);
+    const Space space(g, share, scratch.values);
+    zero(space.zeroed, scratch.values);
 
-    T* dw = values;
-    T* db = dw + G * H * h_stride;
-    T* ds_sequences = db + u_stride;                       // (sequences, S, H)
-    T* ds_slots = ds_sequences + n_shared * state_stride;  // (rows, S, H), one for each running variant
-    T* du = ds_slots + share.rows * state_stride;          // (collected, G*H)
-    T* h_before = du + collected(share) * u_stride;        // (collected, H)
-    zero(h_before + collected(share) * h_stride - values, values);
-    T** ds_rows = pointers;
-    int64_t* row_of = numbers;  // sequence -> its row of du at this step
+    T** ds_rows = scratch.pointers;
+    int64_t* row_of = scratch.numbers;  // sequence -> its row of du at this step
     int64_t* running = row_of + n_shared;
     int64_t* slot_of = running + share.rows;
     int64_t* free_slots = slot_of + share.rows;
+    int64_t* written = free_slots + share.rows;  // (T, sequences): has this row of dx_proj a value?
     int64_t n_running = 0, n_free = share.rows, n_collected = 0;
     for (int64_t n = 0; n < share.rows; ++n) free_slots[n] = n;
+    for (int64_t n = 0; n < share.steps * n_shared; ++n) written[n] = 0;
 
-    if (g.dx_proj)
-      for (int64_t t = 0; t < g.size.T; ++t)
-        zero(n_shared * G * H, g.dx_proj + (t * B + share.begin) * G * H);
-    auto dx_row = [&](int64_t t, int64_t b) { return g.dx_proj ? g.dx_proj + (t * B + b) * G * H : nullptr; };
+    const bool projects = g.size.I, wants_dx = g.dx || g.dw_ih || g.db_ih;
+    const Rows<T> dx_proj =
+        projects ? projected_rows(g.size, share, space.dx_proj) : Rows<T>{g.dx, B * G * H, G * H, 0};
+    const Again again(g, at, share, packed, space);
 
     for (int64_t t = share.steps - 1; t >= 0; --t) {
       const int64_t ending = share.schedule.end_begin[t + 1] - share.schedule.end_begin[t];
       if (n_collected + n_shared + n_running + ending > collected(share)) {
-        flush(g, n_collected, du, h_before, dw, db);
+        add_products(space.hh, n_collected, space.du, space.before, space.words);
         n_collected = 0;
       }
-      T* const du_now = du + n_collected * u_stride;
-      T* const h_now = h_before + n_collected * h_stride;
+      T* const du_now = space.du + n_collected * u_stride;
+      T* const h_now = space.before + n_collected * h_stride;
       int64_t rows = 0;
 
       for (int64_t b = share.begin; b < share.end; ++b) {
@@ -340,54 +499,68 @@ struct Pass {
         const bool last = t == g.swaps.lengths[b] - 1;
         row_of[b - share.begin] = rows++;
         for (int k = 0; k < S; ++k) {
-          T* ds = ds_sequences + (b - share.begin) * state_stride + k * h_stride;
+          T* ds = space.ds_sequences + (b - share.begin) * state_stride + k * h_stride;
           if (g.d_states[k]) add(H, g.d_states[k] + (t * B + b) * H, ds);
           if (last && g.d_last[k]) add(H, g.d_last[k] + b * H, ds);
         }
       }
       for (int64_t e = share.schedule.end_begin[t]; e < share.schedule.end_begin[t + 1]; ++e) {
         const int64_t v = share.schedule.by_end[e];
-        T* ds = ds_sequences + (at.sequence(v) - share.begin) * state_stride;
+        T* ds = space.ds_sequences + (at.sequence(v) - share.begin) * state_stride;
         if (at.i(v) < at.j(v)) {
           running[n_running] = v;
           slot_of[n_running] = free_slots[--n_free];
-          start_variant(g, at, v, t, ds, ds_slots + slot_of[n_running++] * state_stride);
+          start_variant(at, v, t, ds, space.ds_slots + slot_of[n_running++] * state_stride);
         } else {
           for (int k = 0; k < S; ++k)
             if (g.d_variants[k]) add(H, g.d_variants[k] + v * H, ds + k * h_stride);
         }
       }
+      if (g.recompute) again.products(t, running, n_running);
 
+      // the gradient of one row's step, which read the input of step `source`
+      const auto step_backward = [&](auto adds, int64_t source, int64_t b, int64_t row, const T* const* s,
+                                     const T* const* next, const T* gates, T* const* ds_next, T* du,
+                                     T* const* ds) {
+        int64_t& has_value = written[source * n_shared + b - share.begin];
+        step_backward_row<Cell, decltype(adds)::value>(
+            H, ds_next, s, next, g.recompute ? again.gates(source, b, row, s) : gates,
+            wants_dx ? dx_proj(source, b) : nullptr, has_value, du, ds);
+        has_value = true;
+      };
       const T* s[S];
       const T* next[S];
       T* ds[S];
       for (int64_t b = share.begin; b < share.end; ++b) {
         if (t >= g.swaps.lengths[b]) continue;
         const int64_t row = row_of[b - share.begin];
-        for (int k = 0; k < S; ++k) ds[k] = ds_sequences + (b - share.begin) * state_stride + k * h_stride;
+        for (int k = 0; k < S; ++k)
+          ds[k] = space.ds_sequences + (b - share.begin) * state_stride + k * h_stride;
         at.before(b, t, s);
         const T* gates = at.after(b, t, next);
-        step_backward_row<Cell, false>(H, ds, s, next, gates, dx_row(t, b), du_now + row * u_stride, ds);
+        step_backward(Constant<false>{}, t, b, row, s, next, gates, ds, du_now + row * u_stride, ds);
         copy(H, s[0], h_now + row * h_stride);
         ds_rows[row] = ds[0];
       }
       int64_t kept = 0;
       for (int64_t r = 0; r < n_running; ++r) {
-        const int64_t v = running[r], b = at.sequence(v), slot = slot_of[r];
+        const int64_t v = running[r], b = at.sequence(v), slot = slot_of[r], source = at.source(v, t);
         T* slot_ds[S];
-        for (int k = 0; k < S; ++k) slot_ds[k] = ds_slots + slot * state_stride + k * h_stride;
+        for (int k = 0; k < S; ++k) slot_ds[k] = space.ds_slots + slot * state_stride + k * h_stride;
         const T* gates = at.span(v, t, next);
-        T* dx = dx_row(at.source(v, t), b);
         if (t == at.i(v)) {
           // the span ends here: what is left goes to the original, from whose state the variant started
-          for (int k = 0; k < S; ++k) ds[k] = ds_sequences + (b - share.begin) * state_stride + k * h_stride;
+          const int64_t row = row_of[b - share.begin];
+          for (int k = 0; k < S; ++k)
+            ds[k] = space.ds_sequences + (b - share.begin) * state_stride + k * h_stride;
           at.before(b, t, s);
-          step_backward_row<Cell, true>(H, slot_ds, s, next, gates, dx,
-                                        du_now + row_of[b - share.begin] * u_stride, ds);
+          step_backward(Constant<true>{}, source, b, row, s, next, gates, slot_ds, du_now + row * u_stride,
+                        ds);
           free_slots[n_free++] = slot;
         } else {
           at.span(v, t - 1, s);
-          step_backward_row<Cell, false>(H, slot_ds, s, next, gates, dx, du_now + rows * u_stride, slot_ds);
+          step_backward(Constant<false>{}, source, b, rows, s, next, gates, slot_ds, du_now + rows * u_stride,
+                        slot_ds);
           copy(H, s[0], h_now + rows * h_stride);
           ds_rows[rows++] = slot_ds[0];
           running[kept] = v;
@@ -397,23 +570,94 @@ struct Pass {
       n_running = kept;
 
       each_panel(rows, [&](int64_t first, int count) {
-        const T* a[kTileRows];
-        for (int r = 0; r < count; ++r) a[r] = du_now + (first + r) * u_stride;
-        panel(count, vectors<T>(H), G * H, a, 1, w, ds_rows + first, ds_rows + first);
+        const Word* a[kTileRows];
+        for (int r = 0; r < count; ++r)
+          a[r] = P::row(G * H, du_now + (first + r) * u_stride, space.words + r * u_stride);
+        panel<T, P>(count, vectors<T>(H), P::words(G * H), a, 1, w.w_hh, ds_rows + first, ds_rows + first);
       });
       n_collected += rows;
     }
-    flush(g, n_collected, du, h_before, dw, db);
+    add_products(space.hh, n_collected, space.du, space.before, space.words);
+
+    for (int64_t b = share.begin; b < share.end; ++b)
+      for (int64_t t = g.swaps.lengths[b]; t < (projects ? share.steps : g.size.T); ++t)
+        if (wants_dx) zero(G * H, dx_proj(t, b));
+    if (projects) project_backward(g, share, w.w_ih, dx_proj, space);
     for (int k = 0; k < S; ++k)
       if (g.d_start[k])
         for (int64_t n = 0; n < n_shared; ++n)
-          copy(H, ds_sequences + n * state_stride + k * h_stride, g.d_start[k] + (share.begin + n) * H);
+          copy(H, space.ds_sequences + n * state_stride + k * h_stride, g.d_start[k] + (share.begin + n) * H);
   }
+
+  // Computes again, in the backward, the gates that the forward has not kept.
+  struct Again {
+    const Backward<T>& g;
+    const BackwardLayout& at;
+    const Share& share;
+    const Space& space;
+    Weights w;
+    Rows<const T> x;
+
+    Again(const Backward<T>& g, const BackwardLayout& at, const Share& share, const T* packed,
+          const Space& space)
+        : g(g),
+          at(at),
+          share(share),
+          space(space),
+          w(weights(g.size, false, packed + weights(g.size, true, packed).values())),
+          x{} {
+      if (!g.recompute) return;
+      x = inputs(g, share, w.w_ih, space.bias, space.words, space.projected);
+      pad(G * g.size.H, g.b_hh, space.bias);
+    }
+
+    // W_hh h + b_hh of the step's rows: the originals and those running variants that started before
+    void products(int64_t t, const int64_t* running, int64_t n_running) const {
+      const int64_t H = at.H, u_stride = stride<T>(G * H);
+      const Word* h[kTileRows];
+      const T* init[kTileRows];
+      T* out[kTileRows];
+      int n = 0;
+      int64_t row = 0;
+      const auto flush = [&] {
+        panel<T, P>(n, vectors<T>(G * H), P::words(H), h, 1, w.w_hh, init, out);
+        n = 0;
+      };
+      const auto push = [&](const T* state) {
+        h[n] = P::row(H, state, space.words + n * stride<T>(H));
+        init[n] = space.bias;
+        out[n++] = space.again + row++ * u_stride;
+        if (n == kTileRows) flush();
+      };
+      const T* s[S];
+      for (int64_t b = share.begin; b < share.end; ++b) {
+        if (t >= g.swaps.lengths[b]) continue;
+        at.before(b, t, s);
+        push(s[0]);
+      }
+      for (int64_t r = 0; r < n_running; ++r) {
+        if (t == at.i(running[r])) continue;
+        at.span(running[r], t - 1, s);
+        push(s[0]);
+      }
+      if (n) flush();
+    }
+
+    // the gates of a row whose states before the step are s; good until the next call
+    const T* gates(int64_t source, int64_t b, int64_t row, const T* const* s) const {
+      const int64_t H = at.H, u_stride = stride<T>(G * H);
+      T* const gates = space.again + share.rows * u_stride;
+      T* next[S];
+      for (int k = 0; k < S; ++k) next[k] = gates + (Cell::saved + k) * H;
+      step_row<Cell>(H, x(source, b), space.again + row * u_stride, s, next, gates);
+      return gates;
+    }
+  };
 
   // The gradient of variant v at its end t, into its own states, (S, H), and for the penalty into the
   // original's.
-  static void start_variant(const Backward<T>& g, const Layout<Cell, T, Backward<T>, const T>& at, int64_t v,
-                            int64_t t, T* ds_original, T* ds_variant) {
+  static void start_variant(const BackwardLayout& at, int64_t v, int64_t t, T* ds_original, T* ds_variant) {
+    const Backward<T>& g = at.call;
     const int64_t H = at.H;
     for (int k = 0; k < S; ++k) {
       T* ds = ds_variant + k * stride<T>(H);
@@ -433,42 +677,98 @@ struct Pass {
     }
   }
 
-  // dW_hh += du' h and db_hh += du over n rows.
-  static void flush(const Backward<T>& g, int64_t n, const T* du, const T* h_before, T* dw, T* db) {
-    const int64_t H = g.size.H, h_stride = stride<T>(H), u_stride = stride<T>(G * H);
-    if (g.dw_hh) {
-      const Columns<T> h{h_before, M::width, h_stride};
-      each_panel(G * H, [&](int64_t first, int count) {
-        const T* a[kTileRows];
-        T* out[kTileRows];
-        for (int r = 0; r < count; ++r) {
-          a[r] = du + first + r;
-          out[r] = dw + (first + r) * h_stride;
-        }
-        panel(count, vectors<T>(H), n, a, u_stride, h, out, out);
-      });
-    }
-    if (g.db_hh)
-      for (int64_t r = 0; r < u_stride; r += M::width) {
-        typename M::V sum{};  // of these rows first: added one by one to a large total they would lose digits
-        for (int64_t m = 0; m < n; ++m) sum += M::load(du + m * u_stride + r);
-        M::store(db + r, M::load(db + r) + sum);
+  // dW += du' right and db += du, over n rows: du (n, G*H) and right (n, sums.n).
+  static void add_products(const Sums& sums, int64_t n, const T* du, const T* right, Word* words) {
+    const Word* left = P::rows(n, sums.stride_width, du, words);
+    const Columns<Word> columns{P::rows(n, sums.stride_n, right, words + P::words(n) * sums.stride_width),
+                                M::width, sums.stride_n};
+    each_panel(sums.width, [&](int64_t first, int count) {
+      const Word* a[kTileRows];
+      T* out[kTileRows];
+      for (int r = 0; r < count; ++r) {
+        a[r] = left + first + r;
+        out[r] = sums.dw + (first + r) * sums.stride_n;
       }
+      panel<T, P>(count, vectors<T>(sums.n), P::words(n), a, sums.stride_width, columns, out, out);
+    });
+    for (int64_t r = 0; r < sums.stride_width; r += M::width) {
+      typename M::V sum{};  // of these rows first: added one by one to a large total they would lose digits
+      for (int64_t m = 0; m < n; ++m) sum += M::load(du + m * sums.stride_width + r);
+      M::store(sums.db() + r, M::load(sums.db() + r) + sum);
+    }
+  }
+
+  // From the gradient of the projected inputs to those of the inputs, W_ih and b_ih.
+  static void project_backward(const Backward<T>& g, const Share& share, const Columns<Word>& w_ih,
+                               const Rows<T>& dx_proj, const Space& space) {
+    const int64_t B = g.size.B, I = g.size.I, width = G * g.size.H, i_stride = stride<T>(I);
+    const int64_t n_shared = share.end - share.begin, n_rows = share.steps * n_shared;
+    if (g.dw_ih || g.db_ih) {
+      zero(collected(share) * i_stride, space.before);
+      for (int64_t first = 0; first < n_rows; first += collected(share)) {
+        const int64_t n = n_rows - first < collected(share) ? n_rows - first : collected(share);
+        for (int64_t r = 0; r < n; ++r) {
+          const int64_t t = (first + r) / n_shared, b = share.begin + (first + r) % n_shared;
+          // not from beyond the sequence: what padding holds might be no number
+          if (t < g.swaps.lengths[b])
+            copy(I, g.x + (t * B + b) * I, space.before + r * i_stride);
+          else
+            zero(I, space.before + r * i_stride);
+        }
+        add_products(space.ih, n, dx_proj.p + first * dx_proj.per_sequence, space.before, space.words);
+      }
+    }
+    if (!g.dx) return;
+    zero(i_stride, space.before);
+    each_input_panel(g, share, [&](int n, const int64_t* t, const int64_t* b) {
+      const Word* a[kTileRows];
+      const T* init[kTileRows];
+      T* out[kTileRows];
+      for (int r = 0; r < n; ++r) {
+        a[r] = P::row(width, dx_proj(t[r], b[r]), space.words + r * stride<T>(width));
+        init[r] = space.before;
+        out[r] = space.dx_row + r * i_stride;
+      }
+      panel<T, P>(n, vectors<T>(I), P::words(width), a, 1, w_ih, init, out);
+      for (int r = 0; r < n; ++r) copy(I, out[r], g.dx + (t[r] * B + b[r]) * I);
+    });
+    for (int64_t b = share.begin; b < share.end; ++b)
+      for (int64_t t = g.swaps.lengths[b]; t < g.size.T; ++t) zero(I, g.dx + (t * B + b) * I);
+  }
+
+  static void reduce(const Backward<T>& g, const T* const* shares, int n_shares, int part, int parts) {
+    const int64_t width = G * g.size.H;
+    // in the order of the shares: the same bits every time
+    const auto total = [&](const T* first_share_part, int64_t n, T* to) {
+      if (!to) return;
+      const int64_t offset = first_share_part - shares[0];
+      copy(n, shares[0] + offset, to);
+      for (int k = 1; k < n_shares; ++k) add(n, shares[k] + offset, to);
+    };
+    const Sums hh = sums(g.size, g.size.H, const_cast<T*>(shares[0]));
+    const Sums ih = sums(g.size, g.size.I, hh.dw + hh.values());
+    for (int64_t r = width * part / parts; r < width * (part + 1) / parts; ++r) {
+      total(hh.dw + r * hh.stride_n, hh.n, g.dw_hh ? g.dw_hh + r * hh.n : nullptr);
+      total(ih.dw + r * ih.stride_n, ih.n, g.dw_ih ? g.dw_ih + r * ih.n : nullptr);
+    }
+    if (part) return;
+    total(hh.db(), width, g.db_hh);
+    total(ih.db(), width, g.db_ih);
   }
 
   static constexpr Kernels<T> kernels() {
-    return {G,
-            Cell::saved,
-            packed_values,
-            pack_forward,
-            pack_backward,
-            forward_workspace,
-            backward_workspace,
-            forward,
-            backward,
-            weight_stride};
+    return {Cell::saved,
+            {forward_packed, pack_forward, forward_workspace, forward},
+            {backward_packed, pack_backward, backward_workspace, backward},
+            reduce};
   }
 };
+
+#ifdef __AVX512BF16__
+using Bfloat16 = Product<float, true>;
+#else
+using Bfloat16 = Product<float>;
+#endif
 
 }  // namespace
 
@@ -476,13 +776,11 @@ struct Pass {
 #define SIRE_NAME(isa) SIRE_QUOTE(isa)
 #define SIRE_JOIN(a, b) a##b
 #define SIRE_SET(isa) SIRE_JOIN(k, isa)
+#define SIRE_CELLS(...)                                                          \
+  {Pass<RnnTanh, __VA_ARGS__>::kernels(), Pass<RnnRelu, __VA_ARGS__>::kernels(), \
+   Pass<Gru, __VA_ARGS__>::kernels(), Pass<Lstm, __VA_ARGS__>::kernels()}
 
-const InstructionSet SIRE_SET(SIRE_ISA) = {
-    SIRE_NAME(SIRE_ISA),
-    {Pass<RnnTanh, float>::kernels(), Pass<RnnRelu, float>::kernels(), Pass<Gru, float>::kernels(),
-     Pass<Lstm, float>::kernels()},
-    {Pass<RnnTanh, double>::kernels(), Pass<RnnRelu, double>::kernels(), Pass<Gru, double>::kernels(),
-     Pass<Lstm, double>::kernels()},
-};
+const InstructionSet SIRE_SET(SIRE_ISA) = {SIRE_NAME(SIRE_ISA), SIRE_CELLS(float, Product<float>),
+                                           SIRE_CELLS(double, Product<double>), SIRE_CELLS(float, Bfloat16)};
 
 }  // namespace sire_fast

@@ -1,10 +1,13 @@
 // Vectors of the instruction set that this file is compiled for: arithmetic, exp and tanh, and the
-// register-tiled product. GCC's and Clang's vector types, no intrinsics. Everything is local to the file that
-// includes it (anonymous namespace, nothing of the standard library), so that code built for one instruction
-// set can never be linked into another's.
+// register-tiled product. GCC's and Clang's vector types, and intrinsics for bfloat16 alone. Everything is
+// local to the file that includes it (anonymous namespace, nothing of the standard library), so that code
+// built for one instruction set can never be linked into another's.
 #pragma once
 
 #include <cstdint>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #include "cells.h"
 
@@ -132,38 +135,113 @@ int64_t vectors(int64_t n) {
   return (n + Math<T>::width - 1) / Math<T>::width;
 }
 
+// What a product is made of: sums of T over words, each of which holds one factor, or with kBfloat16 two
+// neighbouring ones along the sum.
+template <class T, bool kBfloat16 = false>
+struct Product {
+  using Word = T;
+  using V = typename Math<T>::V;
+  using Words = V;
+  static constexpr bool converts = false;
+
+  static int64_t words(int64_t n) { return n; }
+  static SIRE_FN Words splat(Word x) { return Math<T>::splat(x); }
+  static SIRE_FN V multiply_add(V sum, Words a, Words b) { return sum + a * b; }
+  static SIRE_FN Word word(const T* from, int64_t k_step, int64_t k, int64_t) { return from[k * k_step]; }
+  // n values of a row, and n rows of `stride` values each, as words
+  static const Word* row(int64_t, const T* from, Word*) { return from; }
+  static const Word* rows(int64_t, int64_t, const T* from, Word*) { return from; }
+};
+
+#ifdef __AVX512BF16__
+template <>
+struct Product<float, true> {
+  using Word = uint32_t;
+  using V = Math<float>::V;
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  static constexpr bool converts = true;
+
+  static int64_t words(int64_t n) { return (n + 1) / 2; }
+  static SIRE_FN Words splat(Word x) { return x - Words{}; }
+  static SIRE_FN V multiply_add(V sum, Words a, Words b) {
+    return (V)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+
+  static SIRE_FN uint32_t bits(float x) {
+    uint32_t u;
+    __builtin_memcpy(&u, &x, sizeof u);
+    return u >> 16;  // exact: the weights that are packed came as bfloat16
+  }
+
+  static SIRE_FN Word word(const float* from, int64_t k_step, int64_t k, int64_t K) {
+    const uint32_t first = bits(from[2 * k * k_step]);
+    return 2 * k + 1 < K ? first | bits(from[(2 * k + 1) * k_step]) << 16 : first;
+  }
+
+  static const Word* row(int64_t n, const float* from, Word* to) {
+    for (int64_t k = 0; k < n; k += 32) {
+      const auto half = [&](int64_t first) {
+        const int64_t rest = n - first;
+        return (__m512)(rest >= 16 ? Math<float>::load(from + first)
+                                   : Math<float>::load(from + first, rest > 0 ? int(rest) : 0));
+      };
+      const __m512bh both = _mm512_cvtne2ps_pbh(half(k + 16), half(k));
+      __builtin_memcpy(to + k / 2, &both, sizeof both);
+    }
+    return to;
+  }
+
+  static const Word* rows(int64_t n, int64_t stride, const float* from, Word* to) {
+    typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+    const auto rounded = [&](int64_t at) {
+      return __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)Math<float>::load(from + at)), Words);
+    };
+    for (int64_t k = 0; k < n; k += 2)
+      for (int64_t c = 0; c < stride; c += 16) {
+        Words both = rounded(k * stride + c);
+        if (k + 1 < n) both |= rounded((k + 1) * stride + c) << 16;
+        __builtin_memcpy(to + k / 2 * stride + c, &both, sizeof both);
+      }
+    return to;
+  }
+};
+#endif
+
 // The right-hand matrix of a product, as rows of vectors: `vector_step` from one vector of a row to the next,
 // `row_step` from one row to the next (0: packed by pack(), tile by tile).
-template <class T>
+template <class Word>
 struct Columns {
-  const T* p;
+  const Word* p;
   int64_t vector_step, row_step;
 };
 
-// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns. What is
-// there already is added last: added to first, it would round every term to its own size.
-template <class T, int R, int N>
-void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_step, const T* const* init,
-          T* const* out, int64_t column) {
+// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns, k counting
+// words. What is there already is added last: added to first, it would round every term to its own size.
+// Meanwhile the same columns of the rows `soon`, if any, are fetched into the cache.
+template <class T, class P, int R, int N>
+void tile(int64_t K, const typename P::Word* const* a, int64_t a_step, const typename P::Word* w,
+          int64_t row_step, const T* const* init, T* const* out, const T* const* soon, int64_t column) {
   using M = Math<T>;
-  using V = typename M::V;
-  V sum[R][N];
-  const T* rows[R];
+  typename M::V sum[R][N];
+  const typename P::Word* rows[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     rows[r] = a[r];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sum[r][n] = V{};
+    for (int n = 0; n < N; ++n) sum[r][n] = typename M::V{};
   }
+  if (soon)
+    for (int r = 0; r < R; ++r)
+      for (int n = 0; n < N; ++n) __builtin_prefetch(soon[r] + column + n * M::width);
   for (int64_t k = 0, at = 0; k < K; ++k, at += a_step, w += row_step) {
-    V column_vectors[N];
+    typename P::Words column_vectors[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) column_vectors[n] = M::load(w + n * M::width);
+    for (int n = 0; n < N; ++n) __builtin_memcpy(&column_vectors[n], w + n * M::width, kVectorBytes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const V x = M::splat(rows[r][at]);
+      const typename P::Words x = P::splat(rows[r][at]);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) sum[r][n] += x * column_vectors[n];
+      for (int n = 0; n < N; ++n) sum[r][n] = P::multiply_add(sum[r][n], x, column_vectors[n]);
     }
   }
 #pragma GCC unroll 8
@@ -176,24 +254,25 @@ void tile(int64_t K, const T* const* a, int64_t a_step, const T* w, int64_t row_
 }
 
 // The tile of at most R rows and N vectors that fits.
-template <class T, int R = kTileRows, int N = kTileVectors, class... Arguments>
+template <class T, class P, int R = kTileRows, int N = kTileVectors, class... Arguments>
 void any_tile(int rows, int vectors, Arguments... arguments) {
   if constexpr (R > 1)
-    if (rows < R) return any_tile<T, R - 1, N>(rows, vectors, arguments...);
+    if (rows < R) return any_tile<T, P, R - 1, N>(rows, vectors, arguments...);
   if constexpr (N > 1)
-    if (vectors < N) return any_tile<T, R, N - 1>(rows, vectors, arguments...);
-  tile<T, R, N>(arguments...);
+    if (vectors < N) return any_tile<T, P, R, N - 1>(rows, vectors, arguments...);
+  tile<T, P, R, N>(arguments...);
 }
 
 // The same for up to kTileRows rows and all `vectors` of their columns.
-template <class T>
-void panel(int rows, int64_t vectors, int64_t K, const T* const* a, int64_t a_step, const Columns<T>& w,
-           const T* const* init, T* const* out) {
+template <class T, class P>
+void panel(int rows, int64_t vectors, int64_t K, const typename P::Word* const* a, int64_t a_step,
+           const Columns<typename P::Word>& w, const T* const* init, T* const* out,
+           const T* const* soon = nullptr) {
   constexpr int width = Math<T>::width;
   for (int64_t v = 0; v < vectors; v += kTileVectors) {
     const int n = vectors - v < kTileVectors ? int(vectors - v) : kTileVectors;
     const int64_t row_step = w.row_step ? w.row_step : n * width;
-    any_tile<T>(rows, n, K, a, a_step, w.p + v * w.vector_step, row_step, init, out, v * width);
+    any_tile<T, P>(rows, n, K, a, a_step, w.p + v * w.vector_step, row_step, init, out, soon, v * width);
   }
 }
 
@@ -208,18 +287,35 @@ void each_panel(int64_t n, F body) {
   }
 }
 
+// Words of a packed K x N matrix.
+template <class T, class P>
+int64_t packed_words(int64_t K, int64_t N) {
+  return P::words(K) * vectors<T>(N) * Math<T>::width;
+}
+
 // Reorders a K x N matrix, element (k, n) at from[k * k_step + n * n_step], into the tiles that panel()
-// reads.
-template <class T>
-void pack(const T* from, int64_t k_step, int64_t n_step, int64_t K, int64_t N, T* to) {
-  constexpr int width = Math<T>::width, tile_columns = kTileVectors * width;
+// reads: every `parts`-th of them, from number `part` on.
+template <class T, class P>
+void pack(int part, int parts, const T* from, int64_t k_step, int64_t n_step, int64_t K, int64_t N,
+          typename P::Word* to) {
+  constexpr int64_t width = Math<T>::width, tile_columns = kTileVectors * width;
   const int64_t padded = vectors<T>(N) * width;
-  for (int64_t first = 0; first < padded; first += tile_columns) {
+  for (int64_t first = part * tile_columns; first < padded; first += parts * tile_columns) {
     const int64_t columns = padded - first < tile_columns ? padded - first : tile_columns;
-    for (int64_t k = 0; k < K; ++k)
+    typename P::Word* tile = to + first * P::words(K);
+    // eight words of every column at a time: of a matrix that is stored by columns, a whole cache line each
+    for (int64_t begin = 0; begin < P::words(K); begin += 8)
       for (int64_t c = 0; c < columns; ++c)
-        *to++ = first + c < N ? from[k * k_step + (first + c) * n_step] : T(0);
+        for (int64_t k = begin; k < begin + 8 && k < P::words(K); ++k)
+          tile[k * columns + c] =
+              first + c < N ? P::word(from + (first + c) * n_step, k_step, k, K) : typename P::Word(0);
   }
+}
+
+// `columns` that read a K-row matrix packed by pack().
+template <class T, class P>
+Columns<typename P::Word> packed_columns(const typename P::Word* packed, int64_t K) {
+  return {packed, P::words(K) * Math<T>::width, 0};
 }
 
 }  // namespace

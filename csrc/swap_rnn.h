@@ -13,6 +13,7 @@ namespace sire_fast {
 
 struct Sizes {
   int64_t T, B, K, H;
+  int64_t I;  // of the inputs; 0 if they are projected already
 };
 
 struct Swaps {
@@ -21,37 +22,43 @@ struct Swaps {
   const int64_t* lengths;  // (B)
 };
 
+// What forward and backward are given alike.
 template <class T>
-struct Forward {
+struct Inputs {
   Sizes size;
-  bool train;         // keep gates and spans
-  const T* x_proj;    // (T, B, G*H)
+  bool recompute;     // gates are not kept but computed again in the backward
+  const T* x;         // (T, B, I), or projected, W_ih x + b_ih: (T, B, G*H)
+  const T* w_ih;      // (G*H, I) or null
+  const T* b_ih;      // (G*H) or null
   const T* w_hh;      // (G*H, H)
   const T* b_hh;      // (G*H) or null
   const T* start[2];  // h0, c0: (B, H); c0 is null where S = 1
   Swaps swaps;
+};
+
+template <class T>
+struct Forward : Inputs<T> {
+  bool train;      // keep what the backward needs
   T* states[2];    // output and cells: (T, B, H), 0 beyond a sequence's length
   T* last[2];      // h_n, c_n: (B, H)
   T* variants[2];  // variants, variant_cells: (B, K, H)
   T* penalty;      // (B, K)
-  T* gates;        // (T, B, N*H), 0 beyond a sequence's length, if train
-  T* spans;        // a row of (S + N)*H, states and gates, for each step of each span, if train
+  T* gates;        // (T, B, N*H), 0 beyond a sequence's length, if train and not recompute
+  T* spans;  // a row of S*H states and, unless recompute, N*H gates for each step of each span, if train
 };
 
 template <class T>
-struct Backward {
-  Sizes size;
+struct Backward : Inputs<T> {
   const T* d_states[2];    // (T, B, H); each of these gradients may be null for zero
   const T* d_last[2];      // (B, H)
   const T* d_variants[2];  // (B, K, H)
   const T* d_penalty;      // (B, K)
-  const T* w_hh;           // what the forward was given ...
-  const T* start[2];
-  Swaps swaps;
-  const T* states[2];  // ... and what it kept
+  const T* states[2];      // what the forward kept
   const T* gates;
   const T* spans;
-  T* dx_proj;     // (T, B, G*H); each of the results may be null if it is not wanted
+  T* dx;          // as x; each of the results may be null if it is not wanted
+  T* dw_ih;       // (G*H, I)
+  T* db_ih;       // (G*H)
   T* dw_hh;       // (G*H, H)
   T* db_hh;       // (G*H)
   T* d_start[2];  // (B, H)
@@ -74,25 +81,36 @@ struct Share {
   Schedule schedule;   // of this share's variants alone
 };
 
-// How much of what a share needs to work in, by cell, for its caller to allocate.
+// How much of what a share needs to work in, for its caller to allocate.
 struct Workspace {
   int64_t values, pointers, numbers;
 };
 
-// One instruction set's build of the kernels.
+template <class T>
+struct Scratch {
+  T* values;
+  T** pointers;
+  int64_t* numbers;
+};
+
+// How a Call, Forward<T> or Backward<T>, is run: its weights are packed, by any number of threads, and then
+// its shares run, independently of each other.
+template <class T, class Call>
+struct Kernel {
+  int64_t (*packed)(const Call&);  // values that the packed weights take
+  void (*pack)(const Call&, int part, int parts, T* packed);
+  Workspace (*workspace)(const Call&, const Share&);
+  void (*run)(const Call&, const Share&, const T* packed, const Scratch<T>&);
+};
+
+// One instruction set's build of the kernels of one cell.
 template <class T>
 struct Kernels {
-  int gates, saved;                        // G and N of the cell
-  int64_t (*packed_values)(const Sizes&);  // size of the packed weights
-  void (*pack_forward)(const Forward<T>&, T* packed);
-  void (*pack_backward)(const Backward<T>&, T* packed);
-  Workspace (*forward_workspace)(const Sizes&, const Share&);
-  Workspace (*backward_workspace)(const Sizes&, const Share&);
-  void (*forward)(const Forward<T>&, const Share&, const T* packed, T* values, int64_t* numbers);
-  // leaves the share's part of dW_hh, (G*H, weight_stride), and of db_hh, (G*H), at the front of `values`
-  void (*backward)(const Backward<T>&, const Share&, const T* packed, T* values, T** pointers,
-                   int64_t* numbers);
-  int64_t (*weight_stride)(const Sizes&);
+  int saved;  // N
+  Kernel<T, Forward<T>> forward;
+  Kernel<T, Backward<T>> backward;
+  // adds up what the shares have left at the front of their values: the gradients of weights and biases
+  void (*reduce)(const Backward<T>&, const T* const* shares, int n_shares, int part, int parts);
 };
 
 constexpr int kCells = 4;  // rnn_tanh, rnn_relu, gru, lstm
@@ -101,11 +119,12 @@ struct InstructionSet {
   const char* name;
   Kernels<float> f32[kCells];
   Kernels<double> f64[kCells];
+  Kernels<float> bf16[kCells];  // weights are bfloat16, and products take bfloat16 if there is an instruction
 };
 
 extern const InstructionSet kBaseline;
 #ifdef __x86_64__
-extern const InstructionSet kAvx2, kAvx512;
+extern const InstructionSet kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
 // Those that this machine has, the best first, and the one in use.
@@ -114,8 +133,8 @@ const InstructionSet*& instruction_set();
 
 // Runs a pass, or its gradient, on `threads` threads.
 template <class T>
-void forward(int cell, const Forward<T>&, int threads);
+void forward(const Kernels<T>&, const Forward<T>&, int threads);
 template <class T>
-void backward(int cell, const Backward<T>&, int threads);
+void backward(const Kernels<T>&, const Backward<T>&, int threads);
 
 }  // namespace sire_fast

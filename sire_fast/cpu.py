@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ except ImportError as error:
 # cell -> how many values of H each a step keeps for its gradient besides the states
 SAVED_GATES: dict[str, int] = _C.saved_gates() if _C else {}
 
-_DTYPES = (torch.float32, torch.float64)
+# dtype of a call -> dtype of the tensors that the kernels read and write; bfloat16 is what products are taken in
+_COMPUTED_IN = {torch.float32: torch.float32, torch.float64: torch.float64, torch.bfloat16: torch.float32}
 
 
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
@@ -28,31 +30,57 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
         reasons.append(f"cpu: the extension sire_fast._C cannot be loaded: {MISSING}")
     if device.type != "cpu":
         reasons.append(f"cpu: runs on the CPU, got a tensor on {device}")
-    if dtype not in _DTYPES:
-        reasons.append(f"cpu: computes in float32 and float64, got {dtype}")
+    if dtype not in _COMPUTED_IN:
+        reasons.append(f"cpu: computes in float32, float64 and bfloat16, got {dtype}")
     return reasons
 
 
 def instruction_set() -> str:
-    """Instruction set that the kernels run with on this machine: "avx512", "avx2" or "baseline"."""
+    """Instruction set that the kernels run with on this machine: "avx512bf16", "avx512", "avx2" or "baseline"."""
     return _C.instruction_set().lower()
 
 
-def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
-    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x_proj to lengths."""
-    x_proj, _, _, h0, _, swaps, *_ = inputs
-    size = (x_proj.shape[0], x_proj.shape[1], swaps.shape[1], h0.shape[1])
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the tensors that the kernels read and write for a call of this dtype."""
+    return _COMPUTED_IN[dtype]
+
+
+def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> int:
+    """Steps of all spans together; -1 if a length, a swap or an end lies outside its sequence."""
+    positions = [t.contiguous() for t in (swaps, ends, lengths)]
+    return _C.span_rows(steps, *swaps.shape[:2], *(t.data_ptr() for t in positions))
+
+
+def forward(
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> None:
+    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     inputs = _contiguous(inputs)
-    _C.forward(cell, _is_double(h0), torch.get_num_threads(), train, size, _addresses(inputs), _addresses(outputs))
+    threads = torch.get_num_threads()
+    _C.forward(
+        cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs)
+    )
 
 
-def backward(cell: str, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+def backward(
+    cell: str,
+    arithmetic: str,
+    recompute: bool,
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> None:
     """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
-    gradients and what follows them in its schema, w_hh to spans."""
-    *_, h0, _, swaps, _, _, output, _, _, _ = inputs
-    size = (output.shape[0], output.shape[1], swaps.shape[1], h0.shape[1])
+    gradients and what follows them in its schema, x to spans."""
     inputs = _contiguous(inputs)
-    _C.backward(cell, _is_double(h0), torch.get_num_threads(), size, _addresses(inputs), _addresses(gradients))
+    threads = torch.get_num_threads()
+    _C.backward(
+        cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients)
+    )
+
+
+def _size(x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Any, b_hh: Any, h0: Tensor, c0: Any, swaps: Tensor) -> Any:
+    """T, B, K, H and I, which is 0 for inputs that are projected already."""
+    return (x.shape[0], x.shape[1], swaps.shape[1], h0.shape[1], 0 if w_ih is None else x.shape[2])
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -62,7 +90,3 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
-
-
-def _is_double(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float64

@@ -19,6 +19,9 @@ def swap_rnn(
     swaps: Tensor,
     ends: Tensor | None = None,
     lengths: Tensor | None = None,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
+    recompute: bool = False,
     backend: str = "auto",
 ) -> SwapRNN:
     """Run a recurrent layer over sequences and over variants of them in which two positions are exchanged.
@@ -30,7 +33,7 @@ def swap_rnn(
 
     Args:
         cell: "rnn_tanh", "rnn_relu", "gru" or "lstm"; G = 1, 1, 3, 4 gates in the order of torch.nn.
-        x_proj: input halves of the gates, x @ w_ih.T + b_ih, (T, B, G*H).
+        x_proj: input halves of the gates, x @ w_ih.T + b_ih, (T, B, G*H); or, where w_ih is given, x itself, (T, B, I).
         w_hh: recurrent weights, (G*H, H).
         b_hh: recurrent biases, (G*H), or None for zeros.
         h0: initial h, (B, H).
@@ -38,19 +41,24 @@ def swap_rnn(
         swaps: positions (i, j), 0 <= i <= j, (B, K, 2) int64; K may be 0. i == j exchanges nothing.
         ends: last step of every variant, j <= end < length, (B, K) int64; the last of the sequence if None.
         lengths: length of every sequence, 1 <= length <= T, (B) int64; T if None.
+        w_ih: input weights, (G*H, I), for the kernel to do the projection, which is faster than before it; or None.
+        b_ih: input biases, (G*H), or None for zeros; only with w_ih.
+        recompute: keep the states alone for the backward, and compute the gates again: less memory, more time. On
+            "reference" it changes nothing.
         backend: "auto" for the fastest that serves the call, or a key of sire_fast.backends.BACKENDS, which is then
             used or refused, never replaced.
 
     Returns:
         SwapRNN(output, h_n, c_n, variants, penalty, cells, variant_cells). All are differentiable in x_proj, w_hh,
-        b_hh, h0 and c0, once ("reference": any number of times).
+        b_hh, h0, c0, w_ih and b_ih, once ("reference": any number of times).
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value. Positions on another device than the CPU
             are not looked at, so that the host need not wait; they are the caller's responsibility.
         NotImplementedError: the named backend cannot serve the call; the message says why.
 
-    Dtypes: float32 and float64 on "cpu"; whatever torch computes in on "reference".
+    Dtypes: float32, float64 and bfloat16 on "cpu", the last with float32 states inside and, where the processor can,
+        bfloat16 products; whatever torch computes in on "reference". The penalty is at least float32.
 
     Example:
         >>> import torch                                        # relu(x + h) of positive inputs is their sum,
@@ -62,9 +70,11 @@ def swap_rnn(
     Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
-    reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1])
     if name == "reference":
-        return reference.swap_rnn(cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths)
+        return reference.swap_rnn(
+            cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
+        )
     ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
-    return ops.swap_rnn(cell, name, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    return ops.swap_rnn(cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths)

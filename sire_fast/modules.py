@@ -177,19 +177,19 @@ class _SwapLayer(nn.RNNBase):
         """One layer in one direction, on the operator."""
         w_ih, w_hh, *biases = self._weights(0)
         b_ih, b_hh = biases or (None, None)
-        # under autocast the product may be of lower precision; the recurrence keeps the parameters' dtype
-        x_proj = nn.functional.linear(x, w_ih, b_ih).to(w_hh.dtype)
         swaps = torch.empty(x.shape[1], 0, 2, dtype=torch.int64, device=x.device) if pairs is None else pairs
         ends = None if pairs is None else self._ends(x, lengths, pairs)
         run = functional.swap_rnn(
             self._cell,
-            x_proj,
+            x.to(w_hh.dtype),  # under autocast the layers before may have lowered it
             w_hh,
             b_hh,
             *(s[0].to(w_hh.dtype) for s in hx),
             swaps=swaps,
             ends=ends,
             lengths=lengths,
+            w_ih=w_ih,
+            b_ih=b_ih,
         )
         if ends is not None:
             self._last = Pass(run.penalty, run.output, ends, run.variants, run.cells, run.variant_cells)

@@ -20,21 +20,26 @@ _IMPLEMENTATIONS = {"cpu": cpu}
 
 _LIBRARY = torch.library.Library("sire_fast", "DEF")
 _LIBRARY.define(
-    "swap_rnn(str cell, str backend, Tensor x_proj, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, Tensor swaps,"
-    " Tensor ends, Tensor lengths, SymInt span_rows, bool train) -> (Tensor output, Tensor h_n, Tensor c_n,"
-    " Tensor variants, Tensor penalty, Tensor cells, Tensor variant_cells, Tensor gates, Tensor spans)"
+    "swap_rnn(str cell, str backend, str arithmetic, bool recompute, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh,"
+    " Tensor? b_hh, Tensor h0, Tensor? c0, Tensor swaps, Tensor ends, Tensor lengths, SymInt span_rows, bool train)"
+    " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor variants, Tensor penalty, Tensor cells, Tensor variant_cells,"
+    " Tensor gates, Tensor spans)"
 )
 _LIBRARY.define(
-    "swap_rnn_backward(str cell, str backend, Tensor?[] grads, Tensor w_hh, Tensor h0, Tensor? c0, Tensor swaps,"
-    " Tensor ends, Tensor lengths, Tensor output, Tensor cells, Tensor gates, Tensor spans, bool[] needs)"
-    " -> (Tensor dx_proj, Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0)"
+    "swap_rnn_backward(str cell, str backend, str arithmetic, bool recompute, Tensor?[] grads, Tensor x, Tensor? w_ih,"
+    " Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, Tensor swaps, Tensor ends, Tensor lengths,"
+    " Tensor output, Tensor cells, Tensor gates, Tensor spans, bool[] needs)"
+    " -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0)"
 )
 
 
 def swap_rnn(
     cell: str,
     backend: str,
-    x_proj: Tensor,
+    recompute: bool,
+    x: Tensor,
+    w_ih: Tensor | None,
+    b_ih: Tensor | None,
     w_hh: Tensor,
     b_hh: Tensor | None,
     h0: Tensor,
@@ -44,33 +49,49 @@ def swap_rnn(
     lengths: Tensor,
 ) -> SwapRNN:
     """The pass on a chosen backend, for arguments whose shapes fit; see sire_fast.functional.swap_rnn."""
-    differentiable = (t for t in (x_proj, w_hh, b_hh, h0, c0) if t is not None)
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    rows = span_rows(x_proj.shape[0], swaps, ends) if train else 0
-    output, h_n, c_n, variants, penalty, cells, variant_cells, _, _ = torch.ops.sire_fast.swap_rnn(
-        cell, backend, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, rows, train
+    dtype, computed = x.dtype, _IMPLEMENTATIONS[backend].computed_in(x.dtype)
+    tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if computed != dtype:
+        tensors = tuple(t if t is None else t.to(computed) for t in tensors)
+    rows = span_rows(x.shape[0], swaps, ends, lengths) if train else 0
+    arithmetic = str(dtype).removeprefix("torch.")
+    *outputs, _, _ = torch.ops.sire_fast.swap_rnn.default(
+        cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train
     )
+    if computed != dtype:  # but for the penalty: a mean of squares wants the digits
+        outputs = [t if n == _PENALTY else t.to(dtype) for n, t in enumerate(outputs)]
+    output, h_n, c_n, variants, penalty, cells, variant_cells = outputs
     if CELLS[cell].states == 1:
         return SwapRNN(output, h_n, None, variants, penalty, None, None)
     return SwapRNN(output, h_n, c_n, variants, penalty, cells, variant_cells)
 
 
-def span_rows(steps: int, swaps: Tensor, ends: Tensor) -> int:
+_PENALTY = SwapRNN._fields.index("penalty")
+
+
+def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> int:
     """Steps of all variants together, for which the forward keeps a row each: the spans i..end of those with i < j.
 
     Where reading the positions would stop a trace or the host, the largest number that there can be.
     """
     if torch.compiler.is_compiling() or swaps.device.type != "cpu":
         return swaps.shape[0] * swaps.shape[1] * steps
-    i, j = swaps.unbind(-1)
-    return int(torch.where(i < j, ends - i + 1, 0).clamp(min=0).sum())
+    rows = cpu.span_rows(steps, swaps, ends, lengths)
+    if rows < 0:
+        reference.check_positions(steps, swaps, ends, lengths)
+    return rows
 
 
 @torch.library.register_fake("sire_fast::swap_rnn")
 def _outputs(
     cell: str,
     backend: str,
-    x_proj: Tensor,
+    arithmetic: str,
+    recompute: bool,
+    x: Tensor,
+    w_ih: Tensor | None,
+    b_ih: Tensor | None,
     w_hh: Tensor,
     b_hh: Tensor | None,
     h0: Tensor,
@@ -82,10 +103,10 @@ def _outputs(
     train: bool,
 ) -> tuple[Tensor, ...]:
     """The outputs, not filled; those that a call does not have are empty."""
-    steps, batch, _ = x_proj.shape
+    steps, batch, _ = x.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
-    saved = cpu.SAVED_GATES[cell]
+    saved = 0 if recompute else cpu.SAVED_GATES[cell]
     shapes = (
         (steps, batch, hidden),
         (batch, hidden),
@@ -97,73 +118,72 @@ def _outputs(
         (steps, batch, saved * hidden if train else 0),
         (span_rows, (CELLS[cell].states + saved) * hidden),
     )
-    return tuple(x_proj.new_empty(shape) for shape in shapes)
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 @torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
-def _forward(cell: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
+def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _, train = arguments
-    x_proj, *_, swaps, ends, lengths = inputs
-    # here and not where shapes are checked, so that a compiled graph checks them too
-    reference.check_positions(x_proj.shape[0], swaps, ends, lengths)
-    outputs = _outputs(cell, backend, *arguments)
-    _IMPLEMENTATIONS[backend].forward(cell, train, inputs, outputs)
+    x, *_, swaps, ends, lengths = inputs
+    span_rows(x.shape[0], swaps, ends, lengths)  # here too, so that a compiled graph checks positions
+    outputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
+    _IMPLEMENTATIONS[backend].forward(cell, arithmetic, train, recompute, inputs, outputs)
     return outputs
 
 
-_DIFFERENTIABLE = 7  # the first outputs; gates and spans are kept for the backward alone
+_INPUTS = slice(4, 14)  # of the operator: x to lengths
+_DIFFERENTIABLE = 7  # its first inputs, and its first outputs; gates and spans are kept for the backward alone
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    cell, backend, _, w_hh, _, h0, c0, swaps, ends, lengths, _, _ = inputs
-    h, _, _, _, _, cells, _, gates, spans = output
-    ctx.cell, ctx.backend = cell, backend
-    ctx.save_for_backward(w_hh, h0, c0, swaps, ends, lengths, h, cells, gates, spans)
-    ctx.set_materialize_grads(False)
+class _SwapRNN(torch.autograd.Function):
+    """The gradient of swap_rnn. Registered by hand: through torch.library.register_autograd a call takes 50 us more,
+    as long as a small pass itself."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = torch.ops.sire_fast.swap_rnn.default(*arguments)
+        h, _, _, _, _, cells, _, gates, spans = outputs
+        ctx.settings = arguments[: _INPUTS.start]
+        ctx.save_for_backward(*arguments[_INPUTS], h, cells, gates, spans)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(gates, spans)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        first = _INPUTS.start
+        needs = ctx.needs_input_grad[first : first + _DIFFERENTIABLE]
+        computed = torch.ops.sire_fast.swap_rnn_backward.default(
+            *ctx.settings, grads[:_DIFFERENTIABLE], *ctx.saved_tensors, needs
+        )
+        wanted = (gradient if need else None for gradient, need in zip(computed, needs, strict=True))
+        return *(None,) * first, *wanted, *(None,) * 5
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    needs = [ctx.needs_input_grad[n] for n in (2, 3, 4, 5, 6)]
-    computed = torch.ops.sire_fast.swap_rnn_backward(
-        ctx.cell, ctx.backend, list(grads[:_DIFFERENTIABLE]), *ctx.saved_tensors, needs
-    )
-    dx, dw, db, dh0, dc0 = (g if need else None for g, need in zip(computed, needs, strict=True))
-    return None, None, dx, dw, db, dh0, dc0, None, None, None, None, None
-
-
-torch.library.register_autograd("sire_fast::swap_rnn", _backward, setup_context=_setup_context)
+@torch.library.impl("sire_fast::swap_rnn", "Autograd")
+def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
+    return _SwapRNN.apply(*arguments)
 
 
 @torch.library.register_fake("sire_fast::swap_rnn_backward")
 def _gradients(
-    cell: str,
-    backend: str,
-    grads: list[Tensor | None],
-    w_hh: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    output: Tensor,
-    cells: Tensor,
-    gates: Tensor,
-    spans: Tensor,
-    needs: list[bool],
+    cell: str, backend: str, arithmetic: str, recompute: bool, grads: list[Tensor | None], *arguments: Any
 ) -> tuple[Tensor, ...]:
     """The gradients, not filled; those that are not needed are empty."""
-    steps, batch, hidden = output.shape
+    *kept, needs = arguments
+    x, w_ih, _, w_hh, _, h0 = kept[:6]
     width = w_hh.shape[0]
-    shapes = ((steps, batch, width), (width, hidden), (width,), (batch, hidden), (batch, hidden))
+    shapes = (x.shape, w_ih.shape if needs[1] else (), (width,), w_hh.shape, (width,), h0.shape, h0.shape)
     return tuple(h0.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 @torch.library.impl("sire_fast::swap_rnn_backward", "CompositeExplicitAutograd")
-def _backward_op(cell: str, backend: str, *arguments: Any) -> tuple[Tensor, ...]:
-    computed = _gradients(cell, backend, *arguments)
+def _backward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    computed = _gradients(cell, backend, arithmetic, recompute, *arguments)
     grads, *kept, needs = arguments
     wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
-    _IMPLEMENTATIONS[backend].backward(cell, [*grads, *kept], wanted)
+    _IMPLEMENTATIONS[backend].backward(cell, arithmetic, recompute, [*grads, *kept], wanted)
     return computed
 
 

@@ -44,9 +44,15 @@ def swap_rnn(
     swaps: Tensor,
     ends: Tensor | None = None,
     lengths: Tensor | None = None,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
+    recompute: bool = False,
 ) -> SwapRNN:
-    """Same arguments, result and errors as sire_fast.functional.swap_rnn; differentiable any number of times."""
-    check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    """Same arguments, result and errors as sire_fast.functional.swap_rnn; differentiable any number of times. All that
+    autograd needs is kept, `recompute` or not."""
+    check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
+    if w_ih is not None:
+        x_proj = torch.nn.functional.linear(x_proj, w_ih, b_ih)
     ends, lengths = fill_defaults(x_proj, swaps, ends, lengths)
     check_positions(x_proj.shape[0], swaps, ends, lengths)
     steps, batch, _ = x_proj.shape
@@ -78,7 +84,8 @@ def swap_rnn(
         # a pair that exchanges nothing gives the original to the last bit, whatever order a product sums in
         compared.append(torch.where((swaps[..., 0] == swaps[..., 1])[..., None], original, variants))
     variants, *variant_cells = compared
-    penalty = (variants - base[0]).square().sum(-1)
+    wide = torch.promote_types(variants.dtype, torch.float32)  # a sum of squares wants the digits
+    penalty = (variants.to(wide) - base[0].to(wide)).square().sum(-1)
     h_n, *c_n = (s[:, 0] for s in states)
     return SwapRNN(output, h_n, *(c_n or [None]), variants, penalty, *(cells or [None]), *(variant_cells or [None]))
 
@@ -114,45 +121,51 @@ def check_arguments(
     swaps: Tensor,
     ends: Tensor | None,
     lengths: Tensor | None,
+    w_ih: Tensor | None = None,
+    b_ih: Tensor | None = None,
 ) -> None:
     """Raise a ValueError that names the first argument whose shape, dtype or device does not fit the others."""
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    gates = CELLS[cell].gates
     if x_proj.dim() != 3:
-        raise ValueError(f"x_proj: expected (T, B, G*H), got shape {tuple(x_proj.shape)}")
+        raise ValueError(f"x_proj: expected (T, B, {'G*H' if w_ih is None else 'I'}), got shape {tuple(x_proj.shape)}")
     if not x_proj.dtype.is_floating_point:
         raise ValueError(f"x_proj: expected a floating-point dtype, got {x_proj.dtype}")
-    steps, batch, width = x_proj.shape
+    steps, batch, features = x_proj.shape
     if steps == 0 or batch == 0:
         raise ValueError(f"x_proj: expected at least one step and one sequence, got shape {tuple(x_proj.shape)}")
-    gates = CELLS[cell].gates
+    if b_ih is not None and w_ih is None:
+        raise ValueError("b_ih: expected None without w_ih, got a tensor")
+    width = features if w_ih is None else w_ih.shape[0]
     if width == 0 or width % gates:
-        raise ValueError(f"x_proj: expected a last dimension of {gates} * H for {cell}, got {width}")
+        name = "x_proj: expected a last" if w_ih is None else "w_ih: expected a first"
+        raise ValueError(f"{name} dimension of {gates} * H for {cell}, got {width}")
     hidden = width // gates
     if (c0 is None) == (cell == "lstm"):
         raise ValueError(f"c0: expected {'a tensor' if c0 is None else 'None'} for {cell}, got the opposite")
     if swaps.dim() != 3 or swaps.shape[0] != batch or swaps.shape[2] != 2:
         raise ValueError(f"swaps: expected shape ({batch}, K, 2), got {tuple(swaps.shape)}")
-    expected = {
-        "w_hh": (w_hh, (gates * hidden, hidden)),
-        "b_hh": (b_hh, (gates * hidden,)),
+    numbers = {
+        "w_ih": (w_ih, (width, features)),
+        "b_ih": (b_ih, (width,)),
+        "w_hh": (w_hh, (width, hidden)),
+        "b_hh": (b_hh, (width,)),
         "h0": (h0, (batch, hidden)),
         "c0": (c0, (batch, hidden)),
-        "ends": (ends, (batch, swaps.shape[1])),
-        "lengths": (lengths, (batch,)),
     }
-    for name, (tensor, shape) in expected.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-    for name, tensor in (("w_hh", w_hh), ("b_hh", b_hh), ("h0", h0), ("c0", c0)):
-        if tensor is not None and tensor.dtype != x_proj.dtype:
-            raise ValueError(f"{name}: expected {x_proj.dtype}, the dtype of x_proj, got {tensor.dtype}")
-    for name, tensor in (("swaps", swaps), ("ends", ends), ("lengths", lengths)):
-        if tensor is not None and tensor.dtype != torch.int64:
-            raise ValueError(f"{name}: expected torch.int64, got {tensor.dtype}")
-    for name, tensor in [(name, tensor) for name, (tensor, _) in expected.items()] + [("swaps", swaps)]:
-        if tensor is not None and tensor.device != x_proj.device:
-            raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
+    positions = {"swaps": (swaps, swaps.shape), "ends": (ends, swaps.shape[:2]), "lengths": (lengths, (batch,))}
+    for expected, dtype in ((numbers, x_proj.dtype), (positions, torch.int64)):
+        for name, (tensor, shape) in expected.items():
+            if tensor is None:
+                continue
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+            if tensor.dtype != dtype:
+                of_x = ", the dtype of x_proj" if expected is numbers else ""
+                raise ValueError(f"{name}: expected {dtype}{of_x}, got {tensor.dtype}")
+            if tensor.device != x_proj.device:
+                raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
 
 
 def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:

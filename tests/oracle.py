@@ -10,7 +10,7 @@ from torch import Tensor
 from sire_fast import functional, reference, swaps
 from sire_fast.cells import CELLS
 
-TENSORS = ("x_proj", "w_hh", "b_hh", "h0", "c0")
+TENSORS = ("x_proj", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")
 
 
 class Case(NamedTuple):
@@ -24,9 +24,12 @@ class Case(NamedTuple):
     bias: bool = True
     ragged: bool = False
     compare: str = "end"
+    inputs: int = 0  # I; 0 for inputs that are projected already
+    recompute: bool = False
 
     def __str__(self) -> str:
         options = [self.compare] + ["ragged"] * self.ragged + ["no-bias"] * (not self.bias)
+        options += [f"I{self.inputs}"] * bool(self.inputs) + ["recompute"] * self.recompute
         return f"{self.cell}-T{self.steps}-B{self.batch}-H{self.hidden}-K{self.n_swaps}-{'-'.join(options)}"
 
 
@@ -41,11 +44,14 @@ SIZES = [
     (3, 1, 16, 9),
 ]
 
+# compare, and widths I on either side of a vector and of a tile
+OPTIONS = [("end", 1), ("swap", 5), ("end", 70), ("swap", 16)]
+
 CASES = [
-    Case(cell, *size, bias=n % 3 > 0, ragged=n % 2 > 0, compare=compare)
+    Case(cell, *size, n % 3 > 0, n % 2 > 0, compare, inputs, recompute)
     for cell in CELLS
     for n, size in enumerate(SIZES)
-    for compare in ("end", "swap")
+    for compare, inputs, recompute in (("end", 0, n % 2 > 0), ("swap", 0, False), (*OPTIONS[n % 4], n % 3 == 1))
 ]
 
 
@@ -63,7 +69,9 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
         pairs = swaps.Uniform(case.n_swaps)(case.steps if lengths is None else lengths, case.batch, generator)
         pairs[0, 0, 1] = pairs[0, 0, 0]  # one that exchanges nothing
     return {
-        "x_proj": normal(case.steps, case.batch, width).requires_grad_(),
+        "x_proj": normal(case.steps, case.batch, case.inputs or width).requires_grad_(),
+        "w_ih": (normal(width, case.inputs) / case.inputs**0.5).requires_grad_() if case.inputs else None,
+        "b_ih": normal(width).requires_grad_() if case.inputs and case.bias else None,
         "w_hh": (normal(width, case.hidden) / case.hidden**0.5).requires_grad_(),
         "b_hh": normal(width).requires_grad_() if case.bias else None,
         "h0": normal(case.batch, case.hidden).requires_grad_(),
@@ -71,6 +79,7 @@ def make(case: Case, seed: int = 0) -> dict[str, Any]:
         "swaps": pairs,
         "ends": pairs[..., 1].contiguous() if case.compare == "swap" else None,
         "lengths": lengths,
+        "recompute": case.recompute,
     }
 
 
@@ -120,6 +129,6 @@ def assert_as_good_as_reference(cell: str, arguments: dict[str, Any], dtype: tor
     theirs = run(cell, cast(arguments, dtype), "reference")
     assert ours.keys() == truth.keys()
     for name, value in ours.items():
-        assert value.dtype == dtype
+        assert value.dtype == (torch.promote_types(dtype, torch.float32) if name == "penalty" else dtype)
         allowed = 2 * error(theirs[name], truth[name]) + 4 * torch.finfo(dtype).eps
         assert error(value, truth[name]) <= allowed, f"{name}: {error(value, truth[name]):.2e} > {allowed:.2e}"
