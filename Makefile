@@ -1,10 +1,11 @@
 # make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png
 # make test   sets up .venv, runs the tests
+# make bench  sets up .venv, measures against torch and others into bench/results: ten minutes on two quiet cores
 # make lint   ruff and clang-format; make format applies both
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench lint format clean
 
 # set up again only when what was installed has changed
 .venv/ready: pyproject.toml setup.py .constraints.txt $(wildcard csrc/*)
@@ -17,6 +18,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest -q --benchmark-disable
+
+bench: .venv/ready
+	$(BIN)/python -m bench.suite
 
 lint: .venv/ready
 	$(BIN)/ruff check .

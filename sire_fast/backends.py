@@ -34,7 +34,7 @@ def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device
         ValueError: no backend has this name.
 
     >>> why_not("cpu", cell="gru", dtype=torch.float16, device="cpu", hidden_size=64)
-    ['cpu: computes in float32 and float64, got torch.float16']
+    ['cpu: computes in float32, float64 and bfloat16, got torch.float16']
     """
     _check_name(backend)
     return BACKENDS[backend](cell=cell, dtype=dtype, device=torch.device(device), hidden_size=hidden_size)

@@ -1,7 +1,8 @@
-"""The command line: train, eval, doctor and demo. Bad input ends with one line on stderr and exit code 2."""
+"""The command line: train, eval, bench, doctor and demo. Bad input ends with one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
@@ -20,7 +21,8 @@ from rich.progress import Task as Bar
 from rich.table import Column, Table
 
 import sire_fast
-from sire_fast import backends, cpu
+from sire_fast import backends, benchmark, cpu
+from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
 from sire_fast.cells import CELLS
 from sire_fast.tasks import TASKS
 from sire_fast.train import LAYERS, Config, Run, claim, evaluate, write
@@ -114,6 +116,66 @@ def eval_command(
     config = chosen.config
     _console.print(f"{config.task}, {config.cell}, step {chosen.step} of {config.steps}")
     _show_result(evaluate(chosen.model, chosen.task))
+
+
+@app.command()
+def bench(
+    cell: Annotated[str, typer.Option(help=f"One of {', '.join(benchmark.LAYERS)}.")] = Setting.cell,
+    steps: Annotated[int, typer.Option("--T", help="Steps of a sequence.")] = Setting.T,
+    batch: Annotated[int, typer.Option("--B", help="Sequences.")] = Setting.B,
+    features: Annotated[int | None, typer.Option("--I", help="Features of the input.", show_default="H")] = None,
+    hidden: Annotated[int, typer.Option("--H", help="Units of the layer.")] = Setting.H,
+    k: Annotated[int | None, typer.Option("--K", help="Swaps of each sequence.", show_default="8")] = None,
+    swaps: Annotated[
+        str,
+        typer.Option(help="Positions exchanged: adjacent or uniform, K of them; or in full, adjacent:all, window:4:3."),
+    ] = "adjacent",
+    compare: Annotated[
+        str, typer.Option(help="Where states are compared: swap (after the pair) or end (of the sequence).")
+    ] = Setting.compare,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = Setting.dtype,
+    device: Annotated[str, typer.Option(help="As torch names it.")] = Setting.device,
+    rounds: Annotated[int, typer.Option(help="How often each step is timed.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Time one training step, forward and backward, against other ways to write it."""
+    with _bad_input():
+        if rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {rounds}")
+        if ":" not in swaps and swaps != "none":
+            swaps = f"{swaps}:{8 if k is None else k}"
+        elif k is not None:
+            raise ValueError(f"K: expected none beside --swaps {swaps}, got {k}")
+        size = {"T": steps, "B": batch, "I": hidden if features is None else features, "H": hidden}
+        setting = Setting(cell.upper(), **size, swaps=swaps, compare=compare, dtype=dtype, device=device)
+        if out:
+            _check_file(out)
+        contest = {name: benchmark.Step(setting, name) for name in benchmark.contestants(setting)}
+    with Progress(console=_console, transient=True) as progress:
+        bar = progress.add_task("time", total=benchmark.WARM_UP + rounds)
+        seconds = benchmark.measure(contest, rounds, lambda: progress.advance(bar))
+        names = progress.track(contest, description="memory")
+        peaks = {name: benchmark.peak_memory(setting, name) for name in names}
+    result = benchmark.summary(setting, seconds, peaks)
+
+    machine = result["machine"]
+    caption = f"{machine['device']}, threads: {machine['threads']}, rounds: {rounds}"
+    table = Table(title=str(setting), caption=caption)
+    table.add_column("contestant")
+    for heading in ("median ms", "ratio to plain [quartiles]", "peak MB"):
+        table.add_column(heading, justify="right")
+    for name, row in result["contestants"].items():
+        against, peak = row["ratio_to_plain"], row["peak_bytes"]
+        table.add_row(
+            f"{name}: {CONTESTANTS[name].label}",
+            f"{1e3 * row['seconds']['median']:.2f}",
+            f"{against['median']:.2f} [{against['lower']:.2f}, {against['upper']:.2f}]",
+            "-" if peak is None else f"{peak / 1e6:.1f}",
+        )
+    _console.print(table)
+    if out:
+        text = json.dumps(result, indent=2) + "\n"
+        write(out, lambda temporary: temporary.write_text(text))
 
 
 @app.command()
@@ -263,6 +325,12 @@ def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
     further = [f"--{name}" for name in given if name not in ("task", "resume")]
     if further:
         raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")
+
+
+def _check_file(path: Path) -> None:
+    """Raise a ValueError unless a file can be written there, before there is something to write."""
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: expected a file in a directory that exists")
 
 
 @contextmanager

@@ -57,9 +57,7 @@ def forward(
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     inputs = _contiguous(inputs)
     threads = torch.get_num_threads()
-    _C.forward(
-        cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs)
-    )
+    _C.forward(cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs))
 
 
 def backward(
@@ -73,9 +71,7 @@ def backward(
     gradients and what follows them in its schema, x to spans."""
     inputs = _contiguous(inputs)
     threads = torch.get_num_threads()
-    _C.backward(
-        cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients)
-    )
+    _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
 
 
 def _size(x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Any, b_hh: Any, h0: Tensor, c0: Any, swaps: Tensor) -> Any:

@@ -40,18 +40,19 @@ class _SwapLayer(nn.RNNBase):
 
     swaps: Sampler | None
     compare: str
+    recompute: bool
     _last: Pass | None
 
-    def _set_swaps(self, swaps: Sampler | None, compare: str) -> None:
+    def _set_swaps(self, swaps: Sampler | None, compare: str, recompute: bool) -> None:
         if swaps is not None and not callable(swaps):
             raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
         if compare not in COMPARES:
             raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
-        self.swaps, self.compare, self._last = swaps, compare, None
+        self.swaps, self.compare, self.recompute, self._last = swaps, compare, recompute, None
 
     def extra_repr(self) -> str:
         swaps = "" if self.swaps is None else f", swaps={self.swaps}, compare={self.compare}"
-        return super().extra_repr() + swaps
+        return super().extra_repr() + swaps + ", recompute=True" * self.recompute
 
     def __getstate__(self) -> dict[str, Any]:
         # the last pass holds a graph, which neither copies nor pickles
@@ -190,6 +191,7 @@ class _SwapLayer(nn.RNNBase):
             lengths=lengths,
             w_ih=w_ih,
             b_ih=b_ih,
+            recompute=self.recompute,
         )
         if ends is not None:
             self._last = Pass(run.penalty, run.output, ends, run.variants, run.cells, run.variant_cells)
@@ -275,6 +277,7 @@ class RNN(_SwapLayer):
         compare: "end" compares the states after the whole sequence, "swap" those after the later position of a pair.
             With several layers the output of the last is compared; with two directions the forward state after the
             pair, or at the end, and the backward state after the pair, or at the start.
+        recompute: keep no gates for the backward but compute them again: less memory, more time (a fused layer's).
 
     The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers.
 
@@ -297,6 +300,7 @@ class RNN(_SwapLayer):
         *args: Any,
         swaps: Sampler | None = None,
         compare: str = "end",
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         _refuse_proj_size(kwargs)
@@ -304,27 +308,35 @@ class RNN(_SwapLayer):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
         self.nonlinearity = nonlinearity
         super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
-        self._set_swaps(swaps, compare)
+        self._set_swaps(swaps, compare, recompute)
 
 
 class GRU(_SwapLayer):
     """torch.nn.GRU with a penalty on swaps of its inputs; arguments, state_dict, outputs and errors are torch's.
 
-    `swaps` and `compare` are those of sire_fast.RNN.
+    `swaps`, `compare` and `recompute` are those of sire_fast.RNN.
     """
 
     _torch_layer = nn.GRU
 
-    def __init__(self, *args: Any, swaps: Sampler | None = None, compare: str = "end", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        swaps: Sampler | None = None,
+        compare: str = "end",
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
         _refuse_proj_size(kwargs)
         super().__init__("GRU", *args, **kwargs)
-        self._set_swaps(swaps, compare)
+        self._set_swaps(swaps, compare, recompute)
 
 
 class LSTM(_SwapLayer):
     """torch.nn.LSTM with a penalty on swaps of its inputs; arguments, state_dict, outputs and errors are torch's.
 
-    `swaps` and `compare` are those of sire_fast.RNN. The penalty compares h, the output; see sire_fast.penalty for c.
+    `swaps`, `compare` and `recompute` are those of sire_fast.RNN. The penalty compares h, the output; see
+    sire_fast.penalty for c.
     """
 
     _torch_layer = nn.LSTM
@@ -332,24 +344,37 @@ class LSTM(_SwapLayer):
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
 
-    def __init__(self, *args: Any, swaps: Sampler | None = None, compare: str = "end", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        swaps: Sampler | None = None,
+        compare: str = "end",
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        self._set_swaps(swaps, compare)
+        self._set_swaps(swaps, compare, recompute)
 
 
 _CONVERTED: dict[type, type[_SwapLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
 
 
-def convert(model: nn.Module, swaps: Sampler | None = Adjacent(8), compare: str = "swap") -> nn.Module:  # noqa: B008
+def convert(
+    model: nn.Module,
+    swaps: Sampler | None = Adjacent(8),  # noqa: B008
+    compare: str = "swap",
+    recompute: bool = False,
+) -> nn.Module:
     """Make every torch.nn.RNN, GRU and LSTM of a model a sire_fast layer, in place.
 
     The layers stay the objects they are: parameters, hooks, names in the state_dict and an optimiser's references
-    to the parameters remain valid. Layers that are sire_fast's already get the new `swaps` and `compare`.
+    to the parameters remain valid. Layers that are sire_fast's already get the new settings.
 
     Args:
         model: a module that holds recurrent layers, or is one.
         swaps: sampler of the pairs, see sire_fast.swaps.
         compare: "swap" or "end", see sire_fast.RNN.
+        recompute: see sire_fast.RNN.
 
     Returns:
         The same model.
@@ -371,7 +396,7 @@ def convert(model: nn.Module, swaps: Sampler | None = Adjacent(8), compare: str 
     for module in found:
         kind = type(module)
         if isinstance(module, _SwapLayer):
-            module._set_swaps(swaps, compare)
+            module._set_swaps(swaps, compare, recompute)
             continue
         if parametrize.is_parametrized(module):
             # torch made a class for this one module, whose base is the layer's and whose properties are the weights
@@ -384,5 +409,5 @@ def convert(model: nn.Module, swaps: Sampler | None = Adjacent(8), compare: str 
             warnings.warn(f"{kind.__name__} is a subclass of torch's layer and stays as it is", stacklevel=2)
             continue
         module.__class__ = converted
-        module._set_swaps(swaps, compare)
+        module._set_swaps(swaps, compare, recompute)
     return model

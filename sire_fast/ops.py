@@ -123,9 +123,12 @@ def _outputs(
 
 @torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
 def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _, train = arguments
+    *inputs, rows, train = arguments
     x, *_, swaps, ends, lengths = inputs
-    span_rows(x.shape[0], swaps, ends, lengths)  # here too, so that a compiled graph checks positions
+    # here too, so that a compiled graph checks positions
+    needed = span_rows(x.shape[0], swaps, ends, lengths)
+    if train and rows < needed:
+        raise ValueError(f"span_rows: expected at least {needed}, got {rows}")
     outputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
     _IMPLEMENTATIONS[backend].forward(cell, arithmetic, train, recompute, inputs, outputs)
     return outputs

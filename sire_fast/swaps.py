@@ -19,6 +19,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ class _Drawn(ABC):
     """K draws with replacement from the allowed pairs of each sequence, which a subclass numbers from 0."""
 
     k: int
+    _counts_numbers: ClassVar[bool] = False  # _count takes a length that is a number too: fewer operations for the same
 
     @abstractmethod
     def _count(self, lengths: Tensor) -> Tensor:
@@ -57,14 +59,18 @@ class _Drawn(ABC):
         Returns:
             Pairs of positions, (B, K, 2) int64, with 0 <= i <= j < length.
         """
+        count = self._count(lengths) if self._counts_numbers and isinstance(lengths, int) else None
         lengths = _as_lengths(lengths, batch, device)
         drawn_on = generator.device if generator is not None else lengths.device
         uniform = torch.empty(batch, self.k, dtype=torch.float64, device=drawn_on).uniform_(generator=generator)
-        count = self._count(lengths)[:, None]
-        index = (uniform.to(lengths.device) * count).long().minimum(count - 1).clamp(min=0)
-        i, j = self._pair(index, lengths)
-        pairs = torch.stack((i, j), -1)
-        return torch.where(count[..., None] > 0, pairs, 0)
+        uniform = uniform.to(lengths.device)
+        if count is not None:
+            pairs = torch.stack(self._pair((uniform * count).long(), lengths), -1)
+            return pairs if count > 0 else torch.zeros_like(pairs)
+        counts = self._count(lengths)[:, None]
+        index = (uniform * counts).long().minimum(counts - 1).clamp(min=0)
+        pairs = torch.stack(self._pair(index, lengths), -1)
+        return torch.where(counts[..., None] > 0, pairs, 0)
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,12 @@ class Uniform(_Drawn):
     """
 
     k: int
+    _counts_numbers = True
 
     def __post_init__(self) -> None:
         _check_k(self.k)
 
-    def _count(self, lengths: Tensor) -> Tensor:
+    def _count(self, lengths: Any) -> Any:
         return _triangle(lengths)
 
     def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +135,7 @@ class Adjacent(_Drawn):
     """
 
     k: int | str  # type: ignore[assignment]
+    _counts_numbers = True
 
     def __post_init__(self) -> None:
         if self.k != "all":
@@ -148,7 +156,7 @@ class Adjacent(_Drawn):
         pairs = torch.stack(self._pair(torch.arange(longest - 1, device=lengths.device), lengths), -1)
         return torch.where((pairs[:, 1] < lengths[:, None])[..., None], pairs, 0)
 
-    def _count(self, lengths: Tensor) -> Tensor:
+    def _count(self, lengths: Any) -> Any:
         return lengths - 1
 
     def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +293,7 @@ def _as_lengths(lengths: int | Tensor, batch: int, device: torch.device | str | 
     return torch.full((batch,), lengths, dtype=torch.int64, device=device)
 
 
-def _triangle(n: Tensor) -> Tensor:
+def _triangle(n: Any) -> Any:
     """Number of pairs i < j among n positions."""
     return n * (n - 1) // 2
 

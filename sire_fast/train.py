@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import signal
 import threading
 import time
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import sire_fast
-from sire_fast import swaps
+from sire_fast import benchmark, swaps
 from sire_fast.modules import COMPARES
 from sire_fast.tasks import TASKS, Task
 
@@ -305,11 +304,7 @@ class Run:
             "backend": self.model.layer.backend,
             **evaluate(self.model, self.task),
             "seconds": self.seconds,
-            "versions": {
-                "sire_fast": sire_fast.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": benchmark.versions(),
         }
         curves = _curves(self)
         write(self.directory / CURVES, lambda temporary: curves.savefig(temporary, format="png", dpi=120))

@@ -1,0 +1,459 @@
+"""One training step of a recurrent layer with SIRE, as several people would write it, timed side by side.
+
+A contestant is a way to compute a layer's output and its swap penalty. All get the same weights, input and loss, and
+all draw their swaps within the step. `measure` runs their steps in turns, so that what disturbs the machine disturbs
+all of them, and `ratio` compares them round by round.
+
+    >>> setting = Setting(cell="GRU", T=5, B=2, I=3, H=4, swaps="adjacent:2", compare="swap")
+    >>> seconds = measure({name: Step(setting, name) for name in contestants(setting)}, rounds=2)
+    >>> ratio(seconds, "sire_fast", "plain").median > 0
+    True
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import platform
+import random
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import sire_fast
+from sire_fast import cpu, swaps
+from sire_fast.cells import CELLS
+from sire_fast.modules import COMPARES
+from sire_fast.reference import with_variants
+from sire_fast.swaps import Sampler
+
+LAYERS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+DTYPES = ("float32", "float64", "bfloat16")
+WARM_UP = 2  # rounds that are not counted
+
+_EQUATIONS = {nn.RNN: CELLS["rnn_tanh"], nn.GRU: CELLS["gru"], nn.LSTM: CELLS["lstm"]}
+_CELL_STEPS = {nn.RNN: torch.rnn_tanh_cell, nn.GRU: torch.gru_cell}
+_CELL_MODULES = {nn.RNN: nn.RNNCell, nn.GRU: nn.GRUCell, nn.LSTM: nn.LSTMCell}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured.
+
+    Attributes:
+        cell: "RNN" (tanh), "GRU" or "LSTM", torch.nn's layer of this name.
+        T: steps of a sequence, at least 2.
+        B: sequences.
+        I: features of the input.
+        H: units.
+        swaps: which positions are exchanged, as sire_fast.swaps.parse reads it.
+        compare: "swap" or "end", see sire_fast.RNN.
+        dtype: one of DTYPES.
+        device: "cpu" or a CUDA device, as torch names it.
+
+    Raises:
+        ValueError: a setting has no such value, or the device cannot be used.
+    """
+
+    cell: str = "GRU"
+    T: int = 100
+    B: int = 64
+    I: int = 128  # noqa: E741
+    H: int = 128
+    swaps: str = "adjacent:8"
+    compare: str = "swap"
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name, known in (("cell", LAYERS), ("compare", COMPARES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        for name, least in (("T", 2), ("B", 1), ("H", 1), ("I", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        if swaps.parse(self.swaps) is None:
+            raise ValueError(f"swaps: expected a sampler, got {self.swaps!r}")
+        kind = self.device.split(":")[0]
+        if kind not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: {self.device!r} cannot be used: torch sees no GPU")
+
+    def __str__(self) -> str:
+        swaps = f"{self.swaps} compared at the {self.compare}"
+        return f"{self.cell}, T={self.T} B={self.B} I={self.I} H={self.H}, {swaps}, {self.dtype}"
+
+
+class Contestant(NamedTuple):
+    """A way to write the training step.
+
+    Attributes:
+        label: what it is, for people.
+        forward: (module, x (T, B, I), sampler, compare) -> output (T, B, H) and the penalty, None without one.
+        prepare: (torch's layer, sampler, compare) -> the module with the layer's weights that `forward` takes.
+        compares: which settings it can run.
+    """
+
+    label: str
+    forward: Callable[[nn.Module, Tensor, Sampler, str], tuple[Tensor, Tensor | None]]
+    prepare: Callable[[nn.RNNBase, Sampler, str], nn.Module] = lambda layer, sampler, compare: layer
+    compares: tuple[str, ...] = COMPARES
+
+
+class Step:
+    """The training step of a contestant: call it to run it and to get the penalty, None for one without.
+
+    Args:
+        setting: what is measured; equal settings have equal weights and inputs.
+        name: a key of CONTESTANTS.
+        sampler: draws the swaps in place of the setting's own.
+    """
+
+    def __init__(self, setting: Setting, name: str, sampler: Sampler | None = None) -> None:
+        contestant = CONTESTANTS[name]
+        self.sampler = sampler or swaps.parse(setting.swaps)
+        self.compare, self.forward = setting.compare, contestant.forward
+        to = {"dtype": getattr(torch, setting.dtype), "device": setting.device}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            layer = LAYERS[setting.cell](setting.I, setting.H).to(**to)
+            self.x = torch.randn(setting.T, setting.B, setting.I).to(**to).requires_grad_()
+            self.weight = torch.randn(setting.T, setting.B, setting.H).to(**to)
+        self.module = contestant.prepare(layer, self.sampler, self.compare)
+
+    def __call__(self) -> Tensor | None:
+        self.module.zero_grad()
+        self.x.grad = None
+        output, penalty = self.forward(self.module, self.x, self.sampler, self.compare)
+        loss = (output * self.weight).sum()
+        (loss if penalty is None else loss + penalty).backward()
+        return penalty
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of x and of the weights, in torch's order."""
+        return [self.x.grad, *(parameter.grad for parameter in self.module.parameters())]
+
+
+def _plain(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, None]:
+    return layer(x)[0], None
+
+
+def _sire_fast(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    output, _ = layer(x)
+    return output, sire_fast.penalty(layer)
+
+
+def _stacked(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    """The original and its variants as one batch of whole sequences."""
+    steps, batch, _ = x.shape
+    pairs = sampler(steps, batch, None, x.device)
+    y = layer(with_variants(x, pairs).flatten(1, 2))[0].unflatten(1, (batch, -1))  # (T, B, 1 + K, H)
+    if compare == "end":
+        original, variants = y[-1, :, :1], y[-1, :, 1:]
+    else:
+        row, column = torch.arange(batch, device=x.device)[:, None], torch.arange(1, y.shape[2], device=x.device)
+        ends = pairs[..., 1]
+        original, variants = y[ends, row, 0], y[ends, row, column]
+    return y[:, :, 0], (variants - original).square().sum(-1).mean()
+
+
+class _Variants(NamedTuple):
+    """Variants of all sequences, (N,) each: what is exchanged, the last step, and the sequence."""
+
+    i: Tensor
+    j: Tensor
+    end: Tensor
+    sequence: Tensor
+
+    def reads(self, step: Tensor) -> Tensor:
+        """The position of the sequence that a variant has at a step."""
+        return torch.where(step == self.i, self.j, torch.where(step == self.j, self.i, step))
+
+
+def _shared(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    """Every variant starts from the original's state before its swap. Which of two forms is faster depends on how far
+    the variants run: few steps are cheapest as one batch behind torch's layer, many in one loop with the original.
+    torch's layer on the suffixes, as a PackedSequence, was as fast for few steps and took twice the time for many."""
+    steps, batch, _ = x.shape
+    pairs = sampler(steps, batch, None, x.device)
+    i, j = pairs.flatten(0, 1).unbind(-1)
+    end = j if compare == "swap" else torch.full_like(j, steps - 1)
+    sequence = torch.arange(batch, device=x.device).repeat_interleave(pairs.shape[1])
+    longest = int((end - i).max()) + 1
+    output, difference = (_behind if 2 * longest <= steps else _in_step)(layer, x, _Variants(i, j, end, sequence))
+    return output, difference.square().sum(-1).mean()
+
+
+def _behind(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, Tensor]:
+    """The original first, then all variants side by side, each from its own start: output (T, B, H) and differences
+    (N, H)."""
+    w_ih, w_hh, b_ih, b_hh = weights = [*layer.parameters()]
+    step = _EQUATIONS[type(layer)].step
+    longest_first = (variants.end - variants.i).argsort(descending=True)
+    running = variants = _Variants(*(v[longest_first] for v in variants))
+    span = variants.end - variants.i
+    longest = int(span[0]) + 1
+    if isinstance(layer, nn.LSTM):  # torch's layer tells c of the last step only
+        projected = linear(x, w_ih, b_ih)
+        *tracks, recurrent = _lstm(projected, w_hh, b_hh)
+        output = tracks[0]
+    else:
+        output, _ = layer(x)
+        tracks = [output]
+        # torch's cells are faster than the equations, but project the rows of a variant again
+        often = longest * len(span) > x.shape[0] * x.shape[1]
+        projected = linear(x, w_ih, b_ih) if often else None
+    before = (variants.i - 1).clamp(min=0)
+    started = (variants.i > 0)[:, None]
+    states = tuple(torch.where(started, track[before, variants.sequence], 0) for track in tracks)
+    finished = []
+    for n in range(longest):
+        rows = int((span >= n).sum())
+        if rows < len(states[0]):
+            finished.append(states[0][rows:])
+            states = tuple(s[:rows] for s in states)
+            running = _Variants(*(v[:rows] for v in running))
+        at = running.i + n
+        reads = running.reads(at), running.sequence
+        if projected is None:
+            states = (_CELL_STEPS[type(layer)](x[reads], states[0], *weights),)
+        elif n == 0 and isinstance(layer, nn.LSTM):  # the original's product serves its variants
+            states = step(projected[reads], recurrent[at, running.sequence], states)
+        else:
+            states = step(projected[reads], linear(states[0], w_hh, b_hh), states)
+    ended = torch.cat((states[0], *reversed(finished)))
+    return output, ended - output[variants.end, variants.sequence]
+
+
+def _lstm(projected: Tensor, w_hh: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h and c of every step, (T, B, H), and the recurrent half of its gates, (T, B, 4 * H)."""
+    h = c = projected.new_zeros(projected.shape[1], w_hh.shape[1])
+    history = []
+    for x in projected:
+        u = linear(h, w_hh, b_hh)
+        h, c = CELLS["lstm"].step(x, u, (h, c))
+        history.append((h, c, u))
+    return tuple(torch.stack(track) for track in zip(*history, strict=True))
+
+
+def _in_step(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, Tensor]:
+    """One loop over time in which the variants run beside the originals, each from its start to its end, and whose
+    input is projected once: output (T, B, H) and differences (N, H)."""
+    w_ih, w_hh, b_ih, b_hh = layer.parameters()
+    cell = _EQUATIONS[type(layer)]
+    steps, batch, _ = x.shape
+    now = torch.arange(steps, device=x.device)[:, None]
+    inside, ends = (variants.i <= now) & (now <= variants.end), now == variants.end  # (T, N)
+    row = batch + inside.cumsum(1) - 1  # of each variant among those of a step, behind the originals
+    comes_from = torch.where(now == variants.i, variants.sequence, row.roll(1, 0))[inside]
+    reads = (variants.reads(now) * batch + variants.sequence)[inside]
+    counts, n_ended = inside.sum(1).tolist(), ends.sum(1).tolist()
+
+    projected = linear(x, w_ih, b_ih).flatten(0, 1)
+    originals = torch.arange(batch, device=x.device)
+    states = tuple(x.new_zeros(batch, w_hh.shape[1]) for _ in range(cell.states))
+    history, ended = [], []
+    for t, (source, read, last) in enumerate(
+        zip(comes_from.split(counts), reads.split(counts), row[ends].split(n_ended), strict=True)
+    ):
+        rows = torch.cat((originals, source))
+        states = tuple(s[rows] for s in states)
+        inputs = projected[torch.cat((originals + t * batch, read))]
+        states = cell.step(inputs, linear(states[0], w_hh, b_hh), states)
+        history.append(states[0][:batch])
+        ended.append(states[0][last])
+    output = torch.stack(history)
+    end, variant = ends.nonzero().unbind(1)
+    return output, torch.cat(ended) - output[end, variants.sequence[variant]]
+
+
+def _published(cell: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    """The authors' procedure: a loop for the task and, from a random prefix of the sequences, two more loops that read
+    the next two elements in both orders. Their code is PermInvRNN.regularize in edocoh87/set_transformer."""
+    start = int(torch.randint(len(x) - 1, ()))
+    output, state = [], None
+    for element in x:
+        state = cell(element, state)
+        output.append(_hidden(state))
+    ended = []
+    for pair in ((start, start + 1), (start + 1, start)):
+        state = None
+        for t in (*range(start), *pair):
+            state = cell(x[t], state)
+        ended.append(_hidden(state))
+    return torch.stack(output), (ended[1] - ended[0]).square().sum(-1).mean()
+
+
+def _hidden(state: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    return state if isinstance(state, Tensor) else state[0]
+
+
+def _as_cell(layer: nn.RNNBase, sampler: Sampler, compare: str) -> nn.Module:
+    """torch.nn's cell with the weights of a layer."""
+    cell = _CELL_MODULES[type(layer)](layer.input_size, layer.hidden_size)
+    for name, parameter in layer.named_parameters():
+        setattr(cell, name.removesuffix("_l0"), parameter)
+    return cell
+
+
+CONTESTANTS = {
+    "plain": Contestant("torch.nn without SIRE", _plain),
+    "sire_fast plain": Contestant(
+        "sire_fast without SIRE", _plain, lambda layer, sampler, compare: sire_fast.convert(layer, None)
+    ),
+    "sire_fast": Contestant("sire_fast with SIRE", _sire_fast, sire_fast.convert),
+    "stacked": Contestant("torch.nn on the stacked variants", _stacked),
+    "shared": Contestant("plain PyTorch, prefix shared", _shared),
+    "published": Contestant("the authors' procedure, K=1", _published, _as_cell, ("swap",)),
+}
+
+
+def contestants(setting: Setting) -> list[str]:
+    """The names of those who can run a setting, keys of CONTESTANTS."""
+    return [name for name, contestant in CONTESTANTS.items() if setting.compare in contestant.compares]
+
+
+def measure(
+    steps: Mapping[str, Callable[[], object]], rounds: int, after_round: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Run several steps in turns, in another order in every round.
+
+    Args:
+        steps: what to run, by name.
+        rounds: how often each is timed, after WARM_UP rounds that are not.
+        after_round: called after every round, those included.
+
+    Returns:
+        The seconds of each step in each round.
+    """
+    orders = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for n in range(WARM_UP + rounds):
+        for name in orders.sample([*steps], len(steps)):
+            took = _seconds(steps[name])
+            if n >= WARM_UP:
+                seconds[name].append(took)
+        after_round()
+    return seconds
+
+
+def _seconds(step: Callable[[], object]) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - began
+
+
+class Quartiles(NamedTuple):
+    lower: float
+    median: float
+    upper: float
+
+
+def quartiles(values: list[float]) -> Quartiles:
+    """Of at least one value."""
+    return Quartiles(*np.quantile(values, (0.25, 0.5, 0.75)).tolist())
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, *against: str) -> Quartiles:
+    """How long a step took, as a part of the time of the fastest of others in the same round."""
+    rounds = zip(seconds[name], *(seconds[other] for other in against), strict=True)
+    return quartiles([took / min(others) for took, *others in rounds])
+
+
+def peak_memory(setting: Setting, name: str) -> int | None:
+    """By how many bytes the memory of a fresh process grows, at its peak, in one step of a contestant: resident memory
+    on the CPU, torch's on a GPU. None where the system does not tell (it is Linux that does)."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak_growth, setting, name, torch.get_num_threads()).result()
+
+
+def _peak_growth(setting: Setting, name: str, threads: int) -> int | None:
+    torch.set_num_threads(threads)
+    Step(replace(setting, T=2, B=2), name)()  # loads what is loaded at the first use
+    step = Step(setting, name)
+    if step.x.is_cuda:
+        torch.cuda.reset_peak_memory_stats(step.x.device)
+        before = torch.cuda.memory_allocated(step.x.device)
+        step()
+        return torch.cuda.max_memory_allocated(step.x.device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    except OSError:
+        return None
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """Bytes of resident memory: now (VmRSS), or at its peak (VmHWM)."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What a result depends on besides its setting: device, instruction set, threads, versions and commit."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
+        "instruction_set": None if cpu.MISSING else cpu.instruction_set(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what computes a result."""
+    return {"sire_fast": sire_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _processor() -> str:
+    try:
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        model = None
+    return model[1] if model else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in, with "-dirty" if files have changed since; None if it lies
+    in none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def summary(setting: Setting, seconds: Mapping[str, list[float]], peaks: Mapping[str, int | None]) -> dict[str, Any]:
+    """What a result file holds of one setting; times in seconds, memory in bytes."""
+    return {
+        "setting": asdict(setting),
+        "machine": machine(setting.device),
+        "rounds": len(seconds["plain"]),
+        "contestants": {
+            name: {
+                "seconds": quartiles(times)._asdict(),
+                "ratio_to_plain": ratio(seconds, name, "plain")._asdict(),
+                "peak_bytes": peaks[name],
+            }
+            for name, times in seconds.items()
+        },
+    }

@@ -1,0 +1,210 @@
+"""The contestants compute the same, the measurement counts what it says, and both commands end in a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sire_fast import benchmark, cli, swaps
+from sire_fast.benchmark import CONTESTANTS, LAYERS, Setting, Step, contestants
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"T": 9, "B": 3, "I": 4, "H": 5, "dtype": "float64"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def outcome(setting: Setting, name: str, sampler) -> list[torch.Tensor]:
+    """The penalty of a step and all its gradients."""
+    step = Step(setting, name, sampler)
+    step()  # a second step must not add to the gradients of the first
+    return [step().detach(), *step.gradients()]
+
+
+@pytest.mark.parametrize("compare", ["swap", "end"])
+@pytest.mark.parametrize("kind", ["adjacent:3", "adjacent:all", "uniform:3", "window:3:2"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_the_contestants_compute_the_same(cell, kind, compare):
+    setting = Setting(cell, **SMALL, swaps=kind, compare=compare)
+    pairs = swaps.parse(kind)(setting.T, setting.B)
+    # what is easily got wrong: no state before the swap, nothing exchanged, nothing exchanged at either edge
+    pairs[0, :2] = torch.tensor([[0, 1], [0, 0]])
+    pairs[1, :2] = torch.tensor([[4, 4], [8, 8]])
+    expected = outcome(setting, "stacked", lambda *_: pairs)
+    assert expected[0] > 1e-4
+    for name in ("sire_fast", "shared"):
+        torch.testing.assert_close(outcome(setting, name, lambda *_: pairs), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_the_published_procedure_is_that_of_one_adjacent_pair(cell):
+    setting = Setting(cell, **SMALL, swaps="adjacent:1", compare="swap")
+    step = Step(setting, "published")
+    for start in range(setting.T - 1):
+        seed = next(s for s in range(1000) if _drawn(s, setting.T - 1) == start)
+        torch.manual_seed(seed)
+        published = [step().detach(), *step.gradients()]
+        pairs = torch.tensor([start, start + 1]).expand(setting.B, 1, 2)
+        torch.testing.assert_close(
+            published, outcome(setting, "shared", lambda *_, pairs=pairs: pairs), rtol=1e-10, atol=1e-10
+        )
+
+
+def _drawn(seed: int, n: int) -> int:
+    torch.manual_seed(seed)
+    return int(torch.randint(n, ()))
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+def test_the_plain_steps_compute_the_same(cell):
+    setting = Setting(cell, **SMALL)
+    ours, torchs = Step(setting, "sire_fast plain"), Step(setting, "plain")
+    assert ours() is torchs() is None
+    torch.testing.assert_close(ours.gradients(), torchs.gradients(), rtol=1e-10, atol=1e-10)
+
+
+def test_the_swaps_are_drawn_anew_in_every_step():
+    for name in ("sire_fast", "stacked", "shared", "published"):
+        step = Step(Setting(**SMALL, swaps="adjacent:1"), name)
+        assert len({step().item() for _ in range(8)}) > 1
+
+
+def test_rounds_are_interleaved_and_warm_up_is_not_counted(monkeypatch):
+    ran, rounds = [], []
+    clock = iter(range(1000))
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    steps = {name: lambda name=name: ran.append(name) for name in "abc"}
+    seconds = benchmark.measure(steps, 20, lambda: rounds.append(len(ran)))
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 20, "b": 20, "c": 20}
+    assert all({*times} == {1} for times in seconds.values())
+    assert rounds == [3 * n for n in range(1, benchmark.WARM_UP + 20 + 1)]
+    orders = {"".join(ran[n : n + 3]) for n in range(0, len(ran), 3)}
+    assert len(orders) > 3
+    assert {"".join(sorted(order)) for order in orders} == {"abc"}
+
+
+def test_ratios_are_taken_round_by_round():
+    # a machine that slows down tenfold on the way; the medians' quotient would be 0.67
+    seconds = {"a": [1.0, 2.0, 10.0], "b": [2.0, 3.0, 20.0], "c": [9.0, 1.0, 90.0]}
+    assert benchmark.ratio(seconds, "a", "b") == pytest.approx((0.5, 0.5, (0.5 + 2 / 3) / 2))
+    assert benchmark.ratio(seconds, "a", "b", "c") == pytest.approx((0.5, 0.5, 1.25))
+    assert benchmark.ratio(seconds, "b", "b") == (1, 1, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of memory")
+def test_peak_memory_grows_with_the_variants():
+    plain, stacked = (
+        benchmark.peak_memory(Setting(T=100, B=16, I=32, H=32, swaps="adjacent:8"), name)
+        for name in ("plain", "stacked")
+    )
+    # the rows of all variants: input, output and, at the least, one copy of the gates
+    assert stacked - plain > 8 * 100 * 16 * (32 + 32 + 3 * 32) * 4
+
+
+def command(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    code = cli.run([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_bench(capsys, tmp_path):
+    out = tmp_path / "result.json"
+    size = ("--T", 5, "--B", 2, "--I", 3, "--H", 4, "--K", 2)
+    code, told, err = command(capsys, "bench", "--cell", "lstm", *size, "--rounds", 3, "--out", out)
+    assert (code, err) == (0, "")
+    result = json.loads(out.read_text())
+    assert set(result) == {"setting", "machine", "rounds", "contestants"}
+    assert Setting(**result["setting"]) == Setting("LSTM", 5, 2, 3, 4, "adjacent:2", "swap")
+    assert result["rounds"] == 3
+    assert list(result["contestants"]) == list(CONTESTANTS)
+    assert result["contestants"]["plain"]["ratio_to_plain"] == {"lower": 1, "median": 1, "upper": 1}
+    assert set(result["machine"]) == {"device", "instruction_set", "threads", "versions", "commit"}
+    for name, row in result["contestants"].items():
+        assert f"{name}:" in told
+        assert 0 < row["seconds"]["lower"] <= row["seconds"]["median"] <= row["seconds"]["upper"]
+
+
+def test_who_can_compare_at_the_end():
+    assert contestants(Setting(compare="end")) == [name for name in CONTESTANTS if name != "published"]
+
+
+def test_defaults_of_the_swaps(capsys, monkeypatch):
+    settings = []
+
+    def stop(setting: Setting, name: str) -> None:
+        settings.append(setting)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(benchmark, "Step", stop)
+    for arguments in ("", "--K 3 --swaps uniform", "--swaps window:2:5 --H 9"):
+        assert command(capsys, "bench", *arguments.split())[0] == 2
+    assert [s.swaps for s in settings] == ["adjacent:8", "uniform:3", "window:2:5"]
+    assert (settings[2].I, settings[2].H) == (9, 9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("--cell elman", "cell"),
+        ("--T 1", "T:"),
+        ("--B 0", "B:"),
+        ("--I 0", "I:"),
+        ("--H -1", "H:"),
+        ("--K 0", "k:"),
+        ("--K many", "--K"),
+        ("--swaps none", "swaps"),
+        ("--swaps some", "swaps"),
+        ("--swaps adjacent:all --K 3", "K:"),
+        ("--compare middle", "compare"),
+        ("--dtype int64", "dtype"),
+        ("--device quantum", "device"),
+        ("--device cuda:99", "cuda:99"),
+        ("--rounds 0", "rounds"),
+        ("--out missing/result.json", "missing"),
+        ("--out .", "file"),
+        ("--H 99999999999", "size"),
+    ],
+)
+def test_bad_input_is_told_in_one_line(capsys, monkeypatch, tmp_path, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = command(capsys, "bench", *arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("sire-fast: ")
+    assert named in err
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_suite_measures_every_goal_and_draws(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.suite", "--quick", "--out", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "130"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads(path.read_text())
+    assert result["quick"]
+    assert {axis: len(points) for axis, points in result["sweeps"].items()} == {"K": 5, "H": 4, "T": 4}
+    for point in result["sweeps"]["K"]:
+        assert list(point["seconds"]) == list(CONTESTANTS)
+    rows = [(row["what"].split(",")[0], row["setting"]["cell"]) for row in result["goals"]]
+    assert len(rows) == 3 * 6 + 1 + 2 + 2 * 9 + 1 + (sys.platform == "linux")
+    assert {"swap", "end", "arithmetic rate"} <= {what for what, _ in rows}
+    for row in result["goals"]:
+        lower, median, upper = row["measured"].values()
+        assert lower <= median <= upper
+        assert row["reached"] == (median <= row["limit"] if row["bound"] == "at most" else median >= row["limit"])
+        assert f"{row['bound']} {row['limit']:.2f}" in done.stdout
