@@ -127,6 +127,8 @@ PYBIND11_MODULE(_C, m) {
       }
     throw py::value_error("instruction set: this machine has no " + name);
   });
+  m.def("advise_huge_pages",
+        [](uintptr_t p, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(p), bytes); });
   m.def("span_rows", [](int64_t T, int64_t B, int64_t K, uintptr_t swaps, uintptr_t ends, uintptr_t lengths) {
     const auto at = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
     return span_rows(T, B, K, {at(swaps), at(ends), at(lengths)});

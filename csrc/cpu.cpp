@@ -31,19 +31,27 @@ const InstructionSet*& instruction_set() {
   return current;
 }
 
+void advise_huge_pages(void* p, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr size_t kPage = 4096, kLarge = size_t(8) << 20;
+  if (bytes < kLarge) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin,
+          MADV_HUGEPAGE);  // advice: no matter if it is not taken
+#endif
+}
+
 namespace {
 
-// Memory that starts at a cache line, or where it is large at a huge page; not initialised.
+// Memory that starts at a cache line; not initialised.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) {
-    const size_t bytes = n * sizeof(T), unit = bytes < 4 * kHugePage ? 64 : kHugePage;
-    memory_.reset(static_cast<T*>(std::aligned_alloc(unit, (bytes / unit + 1) * unit)));
+  explicit Buffer(int64_t n)
+      : memory_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
     if (!memory_) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (unit == kHugePage) madvise(memory_.get(), bytes, MADV_HUGEPAGE);  // only advice: it may fail
-#endif
+    advise_huge_pages(memory_.get(), n * sizeof(T));
   }
   operator T*() const { return memory_.get(); }
 
@@ -51,7 +59,6 @@ class Buffer {
   struct Free {
     void operator()(T* p) const { std::free(p); }
   };
-  static constexpr size_t kHugePage = size_t(2) << 20;
   std::unique_ptr<T, Free> memory_;
 };
 

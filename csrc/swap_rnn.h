@@ -6,6 +6,7 @@
 // i..end; a variant with i == j is the original and is not run at all.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -130,6 +131,10 @@ extern const InstructionSet kAvx2, kAvx512, kAvx512Bf16;
 // Those that this machine has, the best first, and the one in use.
 std::vector<const InstructionSet*> instruction_sets();
 const InstructionSet*& instruction_set();
+
+// Asks for huge pages behind large memory that has not been touched yet: each fault of a small page takes as
+// long as computing a few rows.
+void advise_huge_pages(void* p, size_t bytes);
 
 // Runs a pass, or its gradient, on `threads` threads.
 template <class T>

@@ -56,6 +56,8 @@ def forward(
 ) -> None:
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     inputs = _contiguous(inputs)
+    for kept in outputs[-2:]:  # gates and spans, the largest
+        _C.advise_huge_pages(kept.data_ptr(), kept.nbytes)
     threads = torch.get_num_threads()
     _C.forward(cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs))
 
