@@ -201,6 +201,7 @@ def doctor() -> None:
                 )
                 name = str(dtype).removeprefix("torch.")
                 table.add_row(f"backend {backend}", f"{device}, {name}: {'; '.join(reasons) or 'serves'}")
+    table.add_row("layers", cpu.SLOWER_THAN_TORCH)
     _console.print(table)
 
 

@@ -35,6 +35,21 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
     return reasons
 
 
+# measured with two threads, H from 32 to 512 and 1 to 8 sequences: torch's LSTM, alone of its layers, is oneDNN's,
+# which splits a sequence among threads; these kernels split between sequences
+SLOWER_THAN_TORCH = (
+    "without swaps torch's own LSTM is faster for fewer sequences than threads from H=128 on, "
+    "than twice the threads from H=192 on"
+)
+
+
+def slower_than_torch(*, cell: str, dtype: torch.dtype, hidden_size: int, batch: int) -> list[str]:
+    """Reasons why torch's own layer is the faster one for a pass over so many sequences, without swaps."""
+    threads = torch.get_num_threads()
+    few = (hidden_size >= 128 and batch < threads) or (hidden_size >= 192 and batch < 2 * threads)
+    return [f"cpu: {SLOWER_THAN_TORCH}"] if cell == "lstm" and dtype == torch.float32 and few else []
+
+
 def instruction_set() -> str:
     """Instruction set that the kernels run with on this machine: "avx512bf16", "avx512", "avx2" or "baseline"."""
     return _C.instruction_set().lower()

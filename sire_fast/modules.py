@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from sire_fast import backends, functional
+from sire_fast import backends, cpu, functional
 from sire_fast.cells import CELLS, States
 from sire_fast.reference import check_swaps, fill_defaults, with_variants
 from sire_fast.swaps import Adjacent, Sampler
@@ -58,9 +58,14 @@ class _SwapLayer(nn.RNNBase):
         # the last pass holds a graph, which neither copies nor pickles
         return {**super().__getstate__(), "_last": None}
 
-    def why_not_fused(self) -> list[str]:
+    def why_not_fused(self, batch: int | None = None) -> list[str]:
         """The reasons why this layer runs torch's own layer, on the stacked variants in training, and not a fused
-        kernel; none if it runs the kernel."""
+        kernel; none if it runs the kernel.
+
+        Args:
+            batch: asks about a pass without swaps (in evaluation, or of a plain layer) over so many sequences, which
+                torch's own layer may do faster.
+        """
         reasons = []
         if self.num_layers > 1:
             reasons.append(f"num_layers={self.num_layers}: fused for one layer")
@@ -68,11 +73,17 @@ class _SwapLayer(nn.RNNBase):
             reasons.append("bidirectional=True: fused for one direction")
         if self.proj_size:
             reasons.append(f"proj_size={self.proj_size}: fused without a projection")
-        return reasons + backends.why_no_kernel(**self._call)
+        reasons += backends.why_no_kernel(**self._call)
+        weight = self.weight_hh_l0
+        if not reasons and batch is not None and not backends.forced() and weight.device.type == "cpu":
+            call = {"cell": self._cell, "dtype": weight.dtype, "hidden_size": self.hidden_size}
+            reasons = cpu.slower_than_torch(**call, batch=batch)
+        return reasons
 
     @property
     def backend(self) -> str:
-        """What runs this layer: a key of sire_fast.backends.BACKENDS, or "torch" for torch's own layer."""
+        """What runs this layer in training with swaps: a key of sire_fast.backends.BACKENDS, or "torch" for torch's
+        own layer."""
         return "torch" if self.why_not_fused() else backends.choose("auto", **self._call)
 
     @property
@@ -95,7 +106,9 @@ class _SwapLayer(nn.RNNBase):
         swapped variants; sire_fast.penalty(model) then gives their penalty."""
         self._last = None
         swapping = self.swaps is not None and self.training
-        reasons = self.why_not_fused()
+        # a trace would have to be made again for other batch sizes
+        fixed = not swapping and isinstance(input, Tensor) and not torch.compiler.is_compiling()
+        reasons = self.why_not_fused(self._batch(input) if fixed else None)
         fused = not reasons
         if reasons and backends.forced():
             raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
@@ -105,6 +118,9 @@ class _SwapLayer(nn.RNNBase):
         pairs = self._draw(x, lengths) if swapping else None
         output, last = (self._fused if fused else self._stacked)(x, lengths, states, pairs)
         return restore(output, last)
+
+    def _batch(self, input: Tensor) -> int:
+        return 1 if input.dim() < 3 else input.shape[0 if self.batch_first else 1]
 
     def _unify(
         self, input: Tensor | PackedSequence, hx: Any

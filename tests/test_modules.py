@@ -472,3 +472,24 @@ def test_checkpointing_draws_the_same_swaps_again() -> None:
         value = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
         gradients.append(torch.autograd.grad(value, [x, layer.weight_hh_l0]))
     torch.testing.assert_close(*gradients)
+
+
+def test_torchs_own_layer_where_it_is_faster() -> None:
+    """A plain LSTM of few sequences: chosen, told, and not where swaps or a named backend rule it out."""
+    torch.set_num_threads(2)
+    layer, x = sire_fast.LSTM(3, 256, swaps=Uniform(1)), torch.randn(4, 1, 3)
+    assert layer.why_not_fused() == []
+    assert layer.why_not_fused(batch=64) == []
+    (reason,) = layer.why_not_fused(batch=1)
+    assert reason.startswith("cpu: without swaps torch's own LSTM is faster")
+    assert sire_fast.GRU(3, 256).why_not_fused(batch=1) == []
+
+    def fused(layer: nn.Module, x: Tensor) -> bool:
+        return "_SwapRNN" in str(layer(x)[0].grad_fn)
+
+    assert fused(layer, x)
+    layer.eval()
+    assert not fused(layer, x)
+    assert fused(layer, torch.randn(4, 64, 3))
+    with backends.use("cpu"):
+        assert fused(layer, x)
