@@ -247,15 +247,10 @@ struct Pass {
     const Rows<T> rows = projected_rows(in.size, share, values);
     pad(width, in.b_ih, bias);
     each_input_panel(in, share, [&](int n, const int64_t* t, const int64_t* b) {
-      const Word* a[kTileRows];
-      const T* init[kTileRows];
-      T* out[kTileRows];
-      for (int r = 0; r < n; ++r) {
-        a[r] = P::row(I, in.x + (t[r] * B + b[r]) * I, words + r * stride<T>(I));
-        init[r] = bias;
-        out[r] = rows(t[r], b[r]);
-      }
-      panel<T, P>(n, vectors<T>(width), P::words(I), a, 1, w_ih, init, out);
+      Panel<T, P> panel;
+      for (int r = 0; r < n; ++r)
+        panel.add(P::row(I, in.x + (t[r] * B + b[r]) * I, words + r * stride<T>(I)), bias, rows(t[r], b[r]));
+      panel.multiply(vectors<T>(width), P::words(I), 1, w_ih);
     });
     return {rows.p, rows.per_step, rows.per_sequence, rows.first};
   }
@@ -298,41 +293,37 @@ struct Pass {
       const int64_t start_end = share.schedule.start_begin[t + 1];
 
       each_panel(n_sequences + n_running, [&](int64_t first, int count) {
-        const Word* h[kTileRows];
-        const T* init[kTileRows];
-        const T* input[kTileRows];
-        T* out[kTileRows];
+        Panel<T, P> panel;
         const T* s[kTileRows][S];
         for (int r = 0; r < count; ++r) {
           const int64_t row = first + r;
+          const T* input;
           if (row < n_sequences) {
             at.before(sequences[row], t, s[r]);
-            input[r] = x(t, sequences[row]);
+            input = x(t, sequences[row]);
           } else {
             const int64_t v = running[row - n_sequences];
             variant_after(at, v, t - 1, const_cast<T**>(s[r]));
-            input[r] = x(at.source(v, t), at.sequence(v));
+            input = x(at.source(v, t), at.sequence(v));
           }
-          h[r] = P::row(H, s[r][0], words + r * stride<T>(H));
-          init[r] = bias;
-          out[r] = u + r * width;
+          panel.add(P::row(H, s[r][0], words + r * stride<T>(H)), bias, u + r * width, input);
         }
-        panel<T, P>(count, vectors<T>(G * H), P::words(H), h, 1, w.w_hh, init, out, input);
+        panel.multiply(vectors<T>(G * H), P::words(H), 1, w.w_hh);
 
         for (int r = 0; r < count; ++r) {
           T* next[S];
           if (first + r >= n_sequences) {
             T* gates = variant_after(at, running[first + r - n_sequences], t, next);
-            step_row<Cell>(H, input[r], out[r], s[r], next, gates);
+            step_row<Cell>(H, panel.soon[r], panel.out[r], s[r], next, gates);
             continue;
           }
           const int64_t b = sequences[first + r];
           T* gates = at.after(b, t, next);
-          step_row<Cell>(H, input[r], out[r], s[r], next, at.kept && f.train ? gates : nullptr);
+          step_row<Cell>(H, panel.soon[r], panel.out[r], s[r], next, at.kept && f.train ? gates : nullptr);
           for (; starting < start_end && at.sequence(share.schedule.by_start[starting]) == b; ++starting) {
             const int64_t v = share.schedule.by_start[starting];
             gates = variant_after(at, v, t, next);
-            step_row<Cell>(H, x(at.j(v), b), out[r], s[r], next, gates);
+            step_row<Cell>(H, x(at.j(v), b), panel.out[r], s[r], next, gates);
           }
         }
       });
@@ -570,10 +561,13 @@ struct Pass {
       n_running = kept;
 
       each_panel(rows, [&](int64_t first, int count) {
-        const Word* a[kTileRows];
-        for (int r = 0; r < count; ++r)
-          a[r] = P::row(G * H, du_now + (first + r) * u_stride, space.words + r * u_stride);
-        panel<T, P>(count, vectors<T>(H), P::words(G * H), a, 1, w.w_hh, ds_rows + first, ds_rows + first);
+        Panel<T, P> panel;
+        for (int r = 0; r < count; ++r) {
+          T* ds_row = ds_rows[first + r];
+          panel.add(P::row(G * H, du_now + (first + r) * u_stride, space.words + r * u_stride), ds_row,
+                    ds_row);
+        }
+        panel.multiply(vectors<T>(H), P::words(G * H), 1, w.w_hh);
       });
       n_collected += rows;
     }
@@ -614,20 +608,16 @@ struct Pass {
     // W_hh h + b_hh of the step's rows: the originals and those running variants that started before
     void products(int64_t t, const int64_t* running, int64_t n_running) const {
       const int64_t H = at.H, u_stride = stride<T>(G * H);
-      const Word* h[kTileRows];
-      const T* init[kTileRows];
-      T* out[kTileRows];
-      int n = 0;
+      Panel<T, P> panel;
       int64_t row = 0;
       const auto flush = [&] {
-        panel<T, P>(n, vectors<T>(G * H), P::words(H), h, 1, w.w_hh, init, out);
-        n = 0;
+        panel.multiply(vectors<T>(G * H), P::words(H), 1, w.w_hh);
+        panel.n = 0;
       };
       const auto push = [&](const T* state) {
-        h[n] = P::row(H, state, space.words + n * stride<T>(H));
-        init[n] = space.bias;
-        out[n++] = space.again + row++ * u_stride;
-        if (n == kTileRows) flush();
+        const Word* h = P::row(H, state, space.words + panel.n * stride<T>(H));
+        panel.add(h, space.bias, space.again + row++ * u_stride);
+        if (panel.n == kTileRows) flush();
       };
       const T* s[S];
       for (int64_t b = share.begin; b < share.end; ++b) {
@@ -640,7 +630,7 @@ struct Pass {
         at.span(running[r], t - 1, s);
         push(s[0]);
       }
-      if (n) flush();
+      if (panel.n) flush();
     }
 
     // the gates of a row whose states before the step are s; good until the next call
@@ -683,13 +673,12 @@ struct Pass {
     const Columns<Word> columns{P::rows(n, sums.stride_n, right, words + P::words(n) * sums.stride_width),
                                 M::width, sums.stride_n};
     each_panel(sums.width, [&](int64_t first, int count) {
-      const Word* a[kTileRows];
-      T* out[kTileRows];
+      Panel<T, P> panel;
       for (int r = 0; r < count; ++r) {
-        a[r] = left + first + r;
-        out[r] = sums.dw + (first + r) * sums.stride_n;
+        T* row = sums.dw + (first + r) * sums.stride_n;
+        panel.add(left + first + r, row, row);
       }
-      panel<T, P>(count, vectors<T>(sums.n), P::words(n), a, sums.stride_width, columns, out, out);
+      panel.multiply(vectors<T>(sums.n), P::words(n), sums.stride_width, columns);
     });
     for (int64_t r = 0; r < sums.stride_width; r += M::width) {
       typename M::V sum{};  // of these rows first: added one by one to a large total they would lose digits
@@ -721,16 +710,12 @@ struct Pass {
     if (!g.dx) return;
     zero(i_stride, space.before);
     each_input_panel(g, share, [&](int n, const int64_t* t, const int64_t* b) {
-      const Word* a[kTileRows];
-      const T* init[kTileRows];
-      T* out[kTileRows];
-      for (int r = 0; r < n; ++r) {
-        a[r] = P::row(width, dx_proj(t[r], b[r]), space.words + r * stride<T>(width));
-        init[r] = space.before;
-        out[r] = space.dx_row + r * i_stride;
-      }
-      panel<T, P>(n, vectors<T>(I), P::words(width), a, 1, w_ih, init, out);
-      for (int r = 0; r < n; ++r) copy(I, out[r], g.dx + (t[r] * B + b[r]) * I);
+      Panel<T, P> panel;
+      for (int r = 0; r < n; ++r)
+        panel.add(P::row(width, dx_proj(t[r], b[r]), space.words + r * stride<T>(width)), space.before,
+                  space.dx_row + r * i_stride);
+      panel.multiply(vectors<T>(I), P::words(width), 1, w_ih);
+      for (int r = 0; r < n; ++r) copy(I, panel.out[r], g.dx + (t[r] * B + b[r]) * I);
     });
     for (int64_t b = share.begin; b < share.end; ++b)
       for (int64_t t = g.swaps.lengths[b]; t < g.size.T; ++t) zero(I, g.dx + (t * B + b) * I);

@@ -263,18 +263,34 @@ void any_tile(int rows, int vectors, Arguments... arguments) {
   tile<T, P, R, N>(arguments...);
 }
 
-// The same for up to kTileRows rows and all `vectors` of their columns.
+// Up to kTileRows rows of a product.
 template <class T, class P>
-void panel(int rows, int64_t vectors, int64_t K, const typename P::Word* const* a, int64_t a_step,
-           const Columns<typename P::Word>& w, const T* const* init, T* const* out,
-           const T* const* soon = nullptr) {
-  constexpr int width = Math<T>::width;
-  for (int64_t v = 0; v < vectors; v += kTileVectors) {
-    const int n = vectors - v < kTileVectors ? int(vectors - v) : kTileVectors;
-    const int64_t row_step = w.row_step ? w.row_step : n * width;
-    any_tile<T, P>(rows, n, K, a, a_step, w.p + v * w.vector_step, row_step, init, out, soon, v * width);
+struct Panel {
+  using Word = typename P::Word;
+  int n = 0;
+  const Word* a[kTileRows] = {};
+  const T* init[kTileRows] = {};
+  T* out[kTileRows] = {};
+  const T* soon[kTileRows] = {};  // of all rows or of none
+
+  void add(const Word* row, const T* from, T* to, const T* fetch = nullptr) {
+    a[n] = row;
+    init[n] = from;
+    out[n] = to;
+    soon[n++] = fetch;
   }
-}
+
+  // their tiles, for all `vectors` of the columns
+  void multiply(int64_t vectors, int64_t K, int64_t a_step, const Columns<Word>& w) const {
+    constexpr int width = Math<T>::width;
+    for (int64_t v = 0; v < vectors; v += kTileVectors) {
+      const int count = vectors - v < kTileVectors ? int(vectors - v) : kTileVectors;
+      const int64_t row_step = w.row_step ? w.row_step : count * width;
+      any_tile<T, P>(n, count, K, a, a_step, w.p + v * w.vector_step, row_step, init, out,
+                     soon[0] ? soon : nullptr, v * width);
+    }
+  }
+};
 
 // Calls body(first, count) for panels of at most kTileRows out of n rows, as equal as they can be: a panel of
 // one row costs almost as much as one of six.
@@ -293,7 +309,7 @@ int64_t packed_words(int64_t K, int64_t N) {
   return P::words(K) * vectors<T>(N) * Math<T>::width;
 }
 
-// Reorders a K x N matrix, element (k, n) at from[k * k_step + n * n_step], into the tiles that panel()
+// Reorders a K x N matrix, element (k, n) at from[k * k_step + n * n_step], into the tiles that Panel
 // reads: every `parts`-th of them, from number `part` on.
 template <class T, class P>
 void pack(int part, int parts, const T* from, int64_t k_step, int64_t n_step, int64_t K, int64_t N,
