@@ -1,6 +1,6 @@
 # make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png
 # make test   sets up .venv, runs the tests
-# make bench  sets up .venv, measures against torch and others into bench/results: ten minutes on two quiet cores
+# make bench  sets up .venv, measures against torch and others into bench/results: five minutes on two quiet cores
 # make lint   ruff and clang-format; make format applies both
 PYTHON ?= python3
 BIN := .venv/bin
