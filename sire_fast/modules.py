@@ -38,10 +38,25 @@ class Pass(NamedTuple):
 class _SwapLayer(nn.RNNBase):
     """What the three layers share: a torch.nn layer with `swaps`, `compare` and the pass over the variants."""
 
+    _torch_layer: type[nn.RNNBase]
+    mode: str
     swaps: Sampler | None
     compare: str
     recompute: bool
     _last: Pass | None
+
+    def __init__(
+        self,
+        *args: Any,
+        swaps: Sampler | None = None,
+        compare: str = "end",
+        recompute: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if "proj_size" in kwargs and self.mode != "LSTM":
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(self.mode, *args, **kwargs)
+        self._set_swaps(swaps, compare, recompute)
 
     def _set_swaps(self, swaps: Sampler | None, compare: str, recompute: bool) -> None:
         if swaps is not None and not callable(swaps):
@@ -280,11 +295,6 @@ def _pack_as(like: PackedSequence, padded: Tensor) -> PackedSequence:
     return like._replace(data=padded[step.to(padded.device), row.to(padded.device)])
 
 
-def _refuse_proj_size(kwargs: dict[str, Any]) -> None:
-    if "proj_size" in kwargs:
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-
-
 class RNN(_SwapLayer):
     """torch.nn.RNN with a penalty on swaps of its inputs; arguments, state_dict, outputs and errors are torch's.
 
@@ -314,17 +324,12 @@ class RNN(_SwapLayer):
         num_layers: int = 1,
         nonlinearity: str = "tanh",
         *args: Any,
-        swaps: Sampler | None = None,
-        compare: str = "end",
-        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        _refuse_proj_size(kwargs)
         if nonlinearity not in ("tanh", "relu"):
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity
-        super().__init__(f"RNN_{nonlinearity.upper()}", input_size, hidden_size, num_layers, *args, **kwargs)
-        self._set_swaps(swaps, compare, recompute)
+        self.nonlinearity, self.mode = nonlinearity, f"RNN_{nonlinearity.upper()}"
+        super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)
 
 
 class GRU(_SwapLayer):
@@ -334,18 +339,7 @@ class GRU(_SwapLayer):
     """
 
     _torch_layer = nn.GRU
-
-    def __init__(
-        self,
-        *args: Any,
-        swaps: Sampler | None = None,
-        compare: str = "end",
-        recompute: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        _refuse_proj_size(kwargs)
-        super().__init__("GRU", *args, **kwargs)
-        self._set_swaps(swaps, compare, recompute)
+    mode = "GRU"
 
 
 class LSTM(_SwapLayer):
@@ -356,20 +350,10 @@ class LSTM(_SwapLayer):
     """
 
     _torch_layer = nn.LSTM
+    mode = "LSTM"
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
     check_forward_args = nn.LSTM.check_forward_args
     permute_hidden = nn.LSTM.permute_hidden
-
-    def __init__(
-        self,
-        *args: Any,
-        swaps: Sampler | None = None,
-        compare: str = "end",
-        recompute: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__("LSTM", *args, **kwargs)
-        self._set_swaps(swaps, compare, recompute)
 
 
 _CONVERTED: dict[type, type[_SwapLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
