@@ -261,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     result = run(options.quick)
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 130)  # a file has room for whole rows
     console.print(_table(result))
 
     machine = result["machine"]

@@ -73,6 +73,15 @@ def test_the_readme_tells_the_numbers_of_its_result_files(name: str, title: str)
     assert f"| {title} | {numbers} | {result['seconds']:.1f} |" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize("what", ["Adjacent(8)", 'Adjacent("all")'])
+def test_the_readme_tells_the_ratios_of_the_benchmark(what: str) -> None:
+    result = json.loads((ROOT / "bench/results/amd-epyc-avx512bf16.json").read_text())
+    rows = [row for row in result["goals"] if row["what"] == f"swap, {what}, against plain"]
+    assert len(rows) == 6
+    cells = " | ".join(f"{row['measured']['median']:.2f}" for row in rows)
+    assert f"| with SIRE, `{what}` at the swap | {cells} |" in (ROOT / "README.md").read_text()
+
+
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{n}")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
