@@ -1,2 +1,1 @@
-"""Home of the Triton kernels, installed as sire_fast.kernels. There are none yet: on a GPU sire_fast's layers run
-torch's own layer on the stacked variants."""
+"""Kernels for GPUs, in Triton. Nothing here is imported before a call needs it: triton need not be installed."""
