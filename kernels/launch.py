@@ -1,25 +1,26 @@
-"""How the kernels are launched: sizes of tiles by what a chip holds, and the work of each program."""
+"""What is launched for a call: the kernels, in tiles that fit the chip, and around them what torch does as well."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from sire_fast.kernels.cells import CELLS
+from sire_fast.kernels.swap_rnn import backward_kernel, forward_kernel, gather_kernel, weight_kernel
 from torch import Tensor
 
 from sire_fast.cells import CELLS as EQUATIONS
-from sire_fast.kernels.cells import CELLS
-from sire_fast.kernels.swap_rnn import backward_kernel, forward_kernel, gather_kernel, weight_kernel
 
 
 class Launch(NamedTuple):
     """Attributes:
-    rows: rows of a tile, originals and variants.
-    resident: whether W_hh stays on chip.
-    block: units of a step that are computed at a time; all of them if resident.
-    inner: columns of W_hh that come at a time, where it streams.
+    rows: of a tile, originals and variants.
+    resident: whether W_hh stays on chip for all steps.
+    block: units of a step that are computed at a time; all of them, if resident.
+    inner: columns of W_hh that come at a time, if it streams.
     warps, stages: as Triton has them.
     """
 
@@ -31,12 +32,45 @@ class Launch(NamedTuple):
     stages: int
 
 
-def launch(cell: str, hidden: int, dtype: torch.dtype, capability: int) -> Launch:
+# capability -> KiB of shared memory that a block may have; others are taken to have the least
+SHARED_MEMORY = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+_LEAST_SHARED_MEMORY = 99
+
+# (cell, padded H, arithmetic, capability) -> the fastest launch measured there, as bench.tune prints it
+TUNED: dict[tuple[str, int, str, int], Launch] = {}
+
+
+def arithmetic(dtype: torch.dtype) -> str:
+    """How products of a dtype are taken, as tl.dot names it for float32. "tf32x3" is float32 on matrix units: a factor
+    is a sum of two TF32 numbers."""
+    if dtype == torch.float32:
+        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return str(dtype).removeprefix("torch.")
+
+
+def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
+    """How to launch the recurrent kernels: as measured, or else W_hh resident if it fits, by what compiles without
+    spills (bench.aot shows it).
+
+    Args:
+        cell: a key of CELLS.
+        hidden: H.
+        arithmetic: see `arithmetic`.
+        capability: 10 * major + minor.
+    """
     padded = max(16, triton.next_power_of_2(hidden))
-    weight = EQUATIONS[cell].gates * padded * padded * dtype.itemsize
-    if weight <= 100 * 1024:
-        return Launch(16, True, padded, 16, 8, 1)
-    return Launch(16, False, 64, 64, 8, 2)
+    if (cell, padded, arithmetic, capability) in TUNED:
+        return TUNED[cell, padded, arithmetic, capability]
+    size = {"float64": 8, "tf32x3": 8, "tf32": 4}.get(arithmetic, 2)
+    weights, states = EQUATIONS[cell].gates * padded * padded * size, 16 * padded * 8
+    if weights + states <= 1024 * SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY):
+        return Launch(16, True, padded, 32, 4 if padded <= 32 else 8, 1)
+    return Launch(16, False, 64, 64 if size == 2 else 32, 8, 2)
+
+
+# of the other kernels: a block of dW_hh, the rows that are summed at a time, and into how many parts
+_WEIGHT_BLOCK, _WEIGHT_ROWS, _WEIGHT_PARTS = 64, 64, 16
+_GATHER_BLOCK = 1024
 
 
 class Plan(NamedTuple):
@@ -50,146 +84,170 @@ class Plan(NamedTuple):
 
 
 def plan(T: int, B: int, K: int, S: int, rows: int, programs: int) -> Plan:
-    """The fewest steps behind each other, where `programs` run at once; among equals the smallest programs."""
+    """The fewest steps behind each other where `programs` run at once; among equals the smallest programs."""
 
     def steps(candidate: Plan) -> int:
         N, V = candidate
-        waves = -(-B // (N * programs))
-        return waves * (T + -(-N * (K - V) // rows) * S)
+        waves = triton.cdiv(B, N * programs)
+        return waves * (T + triton.cdiv(N * (K - V), rows) * S)
 
     candidates = [Plan(N, V) for N in range(1, min(rows, B) + 1) for V in sorted({0, min(K, rows // N - 1)})]
     return min(candidates, key=steps)
 
 
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+class _Call(NamedTuple):
+    """What the launches of a call have in common."""
+
+    cell: str
+    T: int
+    B: int
+    K: int
+    H: int
+    S: int  # rows of `spans` for each variant
+    how: Launch
+    programs: int  # that run at once
+    precision: str
+    wide: torch.dtype  # of states and sums
+
+    @classmethod
+    def of(cls, cell: str, x: Tensor, h0: Tensor, swaps: Tensor, spans: Tensor | None) -> _Call:
+        """Of a call that keeps `spans`, or keeps none."""
+        (T, B, _), K, H = x.shape, swaps.shape[1], h0.shape[1]
+        # kept or not, at least the state before a step and that after it
+        S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
+        if x.is_cuda:
+            device = torch.cuda.get_device_properties(x.device)
+            capability, programs = 10 * device.major + device.minor, device.multi_processor_count
+        else:  # interpreted, one program after the other
+            capability, programs = 90, 1
+        taken = arithmetic(x.dtype)
+        how = launch(cell, H, taken, capability)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return cls(cell, T, B, K, H, S, how, programs, taken if taken.startswith("tf32") else "ieee", wide)
+
+    def states(self, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of h alone or of h and c."""
+        return (first, second)[: EQUATIONS[self.cell].states]
+
+    def start(self, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(s.to(self.wide).contiguous() for s in self.states(h0, c0))
+
+    def sizes(self, longest: int) -> tuple[int, ...]:
+        """T to V, with programs for spans of up to so many steps."""
+        N, V = plan(self.T, self.B, self.K, longest, self.how.rows, self.programs)
+        return self.T, self.B, self.K, self.H, self.S, N, V
+
+    def constants(self) -> dict[str, Any]:
+        how = self.how
+        return {
+            "STEP": CELLS[self.cell].step,
+            "G": EQUATIONS[self.cell].gates,
+            "RESIDENT": how.resident,
+            "PRECISION": self.precision,
+            "R": how.rows,
+            "BH": how.block,
+            "BK": how.inner,
+            "num_warps": how.warps,
+            "num_stages": how.stages,
+        }
 
 
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+def kept(
+    cell: str, T: int, B: int, H: int, span_rows: int, train: bool, recompute: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the outputs `gates`, the originals' before the spans', and `spans`."""
+    rows = T * B + span_rows if train and not recompute else 0
+    return (rows, CELLS[cell].kept * H), (span_rows, EQUATIONS[cell].states * H)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    if dtype == torch.float32:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    return "ieee"
-
-
-def _states(*tensors: Tensor | None, cell: str) -> tuple[Tensor | None, ...]:
-    return tensors[: EQUATIONS[cell].states]
-
-
-def forward(cell: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
-    x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = inputs
+def forward(
+    cell: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> None:
+    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = _contiguous(inputs)
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
-    steps, batch, _ = x.shape
-    hidden, K = h0.shape[1], swaps.shape[1]
-    if w_ih is not None:
-        x = torch.nn.functional.linear(x, w_ih, b_ih)
-    wide = spans.dtype
-    how = launch(cell, hidden, x.dtype, _capability(x.device))
-    if train and K:
-        S = max(1, spans.shape[0] // (batch * K))
-    else:
-        S = 1 if how.resident else 2  # the state before a step, and after it
-        if not how.resident and K:
-            spans = x.new_empty(2 * batch * K, EQUATIONS[cell].states * hidden, dtype=wide)
-    N, V = plan(steps, batch, K, S if train else steps, how.rows, _programs(x.device))
+    call = _Call.of(cell, x, h0, swaps, spans if train else None)
+    x_proj = x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
+    keeps_spans = train or not call.how.resident
+    if not train:
+        rows = call.B * call.K * call.S if keeps_spans else 0
+        spans = x.new_empty(rows, EQUATIONS[cell].states * call.H, dtype=call.wide)
+    T, B, K, H, S, N, V = call.sizes(call.S if train else call.T)
     with torch.cuda.device_of(x):
-        forward_kernel[(triton.cdiv(batch, N),)](
-            x.contiguous(), w_hh.contiguous(), b_hh if b_hh is None else b_hh.contiguous(),
-            tuple(s.to(wide).contiguous() for s in _states(h0, c0, cell=cell)),
-            swaps.contiguous(), ends.contiguous(), lengths.contiguous(),
-            _states(output, cells, cell=cell), _states(h_n, c_n, cell=cell), _states(variants, variant_cells, cell=cell),
-            penalty, gates, spans,
-            steps, batch, K, hidden, S, N, V,
-            STEP=CELLS[cell].step, G=EQUATIONS[cell].gates, KEPT=0 if recompute or not train else CELLS[cell].kept,
-            SPANS=train or not how.resident, RESIDENT=how.resident, PRECISION=_precision(x.dtype),
-            R=how.rows, BH=how.block, BK=how.inner, num_warps=how.warps, num_stages=how.stages,
+        forward_kernel[(triton.cdiv(B, N),)](
+            x_proj, w_hh, b_hh, call.start(h0, c0), swaps, ends, lengths,
+            call.states(output, cells), call.states(h_n, c_n), call.states(variants, variant_cells), penalty,
+            gates, spans,
+            T, B, K, H, S, N, V,
+            KEPT=CELLS[cell].kept if gates.numel() else 0, SPANS=keeps_spans, **call.constants(),
         )  # fmt: skip
 
 
-def backward(
-    cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]
-) -> None:
-    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells = inputs[:7]
-    x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, output, cells, gates, spans = inputs[7:]
+def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
+    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
+    gradients and what follows them in its schema, x to spans."""
+    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = _contiguous(inputs)
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, output, cells, gates, spans = inputs
     dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0 = gradients
-    steps, batch, _ = x.shape
-    hidden, K = h0.shape[1], swaps.shape[1]
-    G, D, states = EQUATIONS[cell].gates, CELLS[cell].gradients, EQUATIONS[cell].states
-    wide = spans.dtype
-    x_proj = torch.nn.functional.linear(x, w_ih, b_ih) if w_ih is not None and recompute else x
-    how = launch(cell, hidden, x.dtype, _capability(x.device))
-    S = max(1, spans.shape[0] // (batch * K)) if K else 1
-    N, V = plan(steps, batch, K, S, how.rows, _programs(x.device))
-    programs = triton.cdiv(batch, N)
-    swaps, ends = swaps.contiguous(), ends.contiguous()
-    start = tuple(s.to(wide).contiguous() for s in _states(h0, c0, cell=cell))
-    tracks = _states(output, cells, cell=cell)
-    end_times, end_order = ends.sort(dim=1, descending=True, stable=True)
+    call = _Call.of(cell, x, h0, swaps, spans)
+    T, B, K, H, S, N, V = call.sizes(call.S)
+    G, D = EQUATIONS[cell].gates, CELLS[cell].gradients
+    programs = triton.cdiv(B, N)
+    x_proj = torch.nn.functional.linear(x, w_ih, b_ih) if recompute and w_ih is not None else x
+    start, tracks = call.start(h0, c0), call.states(output, cells)
+    # an original meets the ends and starts of its variants in this order
     i, j = swaps.unbind(-1)
+    end_times, end_order = ends.sort(dim=1, descending=True, stable=True)
     start_times, start_order = torch.where(i < j, i, -1).sort(dim=1, descending=True, stable=True)
-    dx_proj = x.new_empty(steps, batch, G * hidden)
-    du = torch.empty_like(dx_proj)
-    d_spans = x.new_empty(batch * K * S, D * hidden)
-    d_first = x.new_empty(batch * K, states * hidden, dtype=wide)
-    carry = x.new_empty(0 if how.resident else programs * how.rows, states * hidden, dtype=wide)
+
+    def empty(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        return x.new_empty(rows, width, dtype=dtype)
+
+    dx_proj, du = empty(T * B, G * H, x.dtype), empty(T * B, G * H, x.dtype)
+    d_spans = empty(B * K * S, D * H, x.dtype)
+    d_first = empty(B * K, len(start) * H, call.wide)
+    carry = empty(0 if call.how.resident else programs * call.how.rows, len(start) * H, call.wide)
     d_start = tuple(torch.empty_like(s) for s in start)
-
-    def plain(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(t if t is None else t.contiguous() for t in tensors)
-
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
-            plain(*_states(d_output, d_cells, cell=cell)), plain(*_states(d_h_n, d_c_n, cell=cell)),
-            plain(*_states(d_variants, d_variant_cells, cell=cell)), *plain(d_penalty),
-            *plain(x_proj, w_hh, b_hh), start, swaps, ends, *plain(lengths), tracks, gates, spans,
-            end_times, end_order, start_times, start_order,
-            dx_proj, du, d_spans, d_first, carry, d_start,
-            steps, batch, K, hidden, S, N, V,
-            STEP=CELLS[cell].step, GRADIENT=CELLS[cell].backward, G=G, KEPT=CELLS[cell].kept, D=D,
-            RECOMPUTE=recompute, RESIDENT=how.resident, PRECISION=_precision(x.dtype),
-            R=how.rows, BH=how.block, BK=how.inner, num_warps=how.warps, num_stages=how.stages,
+            call.states(d_output, d_cells), call.states(d_h_n, d_c_n), call.states(d_variants, d_variant_cells),
+            d_penalty, x_proj, w_hh, b_hh, start, swaps, ends, lengths, tracks, gates, spans,
+            end_times, end_order, start_times, start_order, dx_proj, du, d_spans, d_first, carry, d_start,
+            T, B, K, H, S, N, V,
+            GRADIENT=CELLS[cell].backward, KEPT=0 if recompute else CELLS[cell].kept, D=D, RECOMPUTE=recompute,
+            **call.constants(),
         )  # fmt: skip
         if dw_hh is not None or db_hh is not None:
-            parts = 4
-            block = 32
-            dw, db = x.new_empty(parts, *w_hh.shape, dtype=wide), x.new_empty(parts, len(w_hh), dtype=wide)
-            weight_kernel[(G * triton.cdiv(hidden, block), triton.cdiv(hidden, block), parts)](
-                start, tracks, spans, du, d_spans, swaps, ends, dw, db, steps, batch, K, hidden, S,
-                G=G, D=D, PRECISION=_precision(x.dtype), BM=block, BN=block, BR=32, num_warps=4,
+            block = min(_WEIGHT_BLOCK, max(16, triton.next_power_of_2(H)))
+            dw, db = empty(_WEIGHT_PARTS * G * H, H, call.wide), empty(_WEIGHT_PARTS, G * H, call.wide)
+            weight_kernel[(G * triton.cdiv(H, block), triton.cdiv(H, block), _WEIGHT_PARTS)](
+                start, tracks, spans, du, d_spans, swaps, ends, dw, db, T, B, K, H, S,
+                G=G, D=D, PRECISION=call.precision, BM=block, BN=block, BR=_WEIGHT_ROWS,
             )  # fmt: skip
-            for gradient, part in ((dw_hh, dw), (db_hh, db)):
-                if gradient is not None:
-                    gradient.copy_(part.sum(0))
-        for gradient, of in zip((dh0, dc0), d_start, strict=False):
-            if gradient is not None:
-                gradient.copy_(of)
-        if dx is None and dw_ih is None and db_ih is None:
-            return
-        if K:
-            block = min(1024, triton.next_power_of_2(hidden))
-            gather_kernel[(steps * batch, triton.cdiv(hidden, block))](
-                d_spans, swaps, ends, dx_proj, batch, K, hidden, S, WIDE=wide_of(wide), G=G, D=D, BLOCK=block, num_warps=4
+            _fill(dw_hh, lambda: dw.view(_WEIGHT_PARTS, G * H, H).sum(0))
+            _fill(db_hh, lambda: db.sum(0))
+        if K and not (dx is dw_ih is db_ih is None):
+            block = min(_GATHER_BLOCK, triton.next_power_of_2(H))
+            gather_kernel[(T * B, triton.cdiv(H, block))](
+                d_spans, swaps, ends, dx_proj, B, K, H, S, WIDE=_WIDE[call.wide], G=G, D=D, BLOCK=block
             )
+    for gradient, found in zip((dh0, dc0), d_start, strict=False):
+        _fill(gradient, lambda found=found: found)
     if w_ih is None:
-        dx.copy_(dx_proj)
-        return
-    if dx is not None:
-        torch.matmul(dx_proj, w_ih, out=dx)
-    flat = dx_proj.flatten(0, 1)
-    if dw_ih is not None:
-        torch.matmul(flat.t(), x.flatten(0, 1), out=dw_ih)
-    if db_ih is not None:
-        torch.sum(flat, 0, out=db_ih)
+        _fill(dx, lambda: dx_proj.view(T, B, G * H))
+    else:
+        _fill(dx, lambda: (dx_proj @ w_ih).view(T, B, -1))
+        _fill(dw_ih, lambda: dx_proj.t() @ x.flatten(0, 1))
+        _fill(db_ih, lambda: dx_proj.sum(0))
 
 
-def wide_of(dtype):
-    import triton.language as tl
-    return {torch.float32: tl.float32, torch.float64: tl.float64}[dtype]
+_WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _fill(gradient: Tensor | None, found: Callable[[], Tensor]) -> None:
+    if gradient is not None:
+        gradient.copy_(found())
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]

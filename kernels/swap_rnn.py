@@ -55,6 +55,12 @@ def _steps(p, T, i, stop, moving):
 
 
 @triton.jit
+def _source(t, b, i, j, B):
+    """The row of x that a row reads at step t."""
+    return tl.where(t == i, j, tl.where(t == j, i, t)).to(tl.int64) * B + b
+
+
+@triton.jit
 def _before(n: tl.constexpr, t, b, v, i, start, tracks, spans, B, H, S):
     """Where state n of each row before step t lies: in its span, or in the original's states, or at the start."""
     original = tl.where(t > 0, tracks[n] + ((t - 1).to(tl.int64) * B + b) * H, start[n] + b.to(tl.int64) * H)
@@ -79,13 +85,22 @@ def _store(pointer, row, blocks, rows, unit, H):
 
 
 @triton.jit
-def _load(pointer, row, rows, unit, H, COUNT: tl.constexpr, WIDE: tl.constexpr):
-    """COUNT such blocks, in the dtype of the states."""
+def _load(pointer, row, rows, unit, H, COUNT: tl.constexpr):
     blocks = ()
     for n in tl.static_range(COUNT):
         address = pointer + (row + n)[:, None] * H + unit
-        blocks = blocks + (tl.load(address, rows[:, None] & (unit < H)[None, :], 0.0).to(WIDE),)
+        blocks = blocks + (tl.load(address, rows[:, None] & (unit < H)[None, :], 0.0),)
     return blocks
+
+
+@triton.jit
+def _kept(t, b, v, i, original, rows, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT: tl.constexpr):
+    """The states before step t, for rows that go on to it or end before it, and the gates of step t."""
+    begins = tl.where(original, 0, i)
+    inside = rows & (t >= begins)
+    s = _load_states(t, b, v, i, inside & (t <= stop + 1), unit, start, tracks, spans, B, H, S)
+    row = tl.where(original, t.to(tl.int64) * B + b, T.to(tl.int64) * B + v * S + (t - i) % S)
+    return s, _load(gates, row * KEPT, inside & (t <= stop), unit, H, KEPT)
 
 
 @triton.jit
@@ -120,6 +135,14 @@ def _streamed(
         w = _load_weights(w_hh, unit[None, :], column[:, None], H, G)
         u = _add(u, _product(h, w, WIDE, PRECISION))
     return u
+
+
+@triton.jit
+def _cast(blocks, WIDE: tl.constexpr):
+    wide = ()
+    for n in tl.static_range(len(blocks)):
+        wide = wide + (blocks[n].to(WIDE),)
+    return wide
 
 
 @triton.jit
@@ -174,24 +197,26 @@ def forward_kernel(
         live = original | moving
         if RESIDENT:
             s = _load_states(origin, b, v, i, live, unit, start, tracks, spans, B, H, S)
+            soon = _load(x_proj, _source(origin, b, i, j, B) * G, live, unit, H, G)
         for tau in range(_steps(p, T, i, stop, moving)):
             t = origin + tau
             running = live & (t >= begin) & (t <= stop)
             own = running & (t >= i)
-            source = tl.where(t == i, j, tl.where(t == j, i, t)).to(tl.int64) * B + b
             at = t.to(tl.int64) * B + b
             in_span = v * S + (t - i) % S
             for block in range(blocks):
                 if RESIDENT:
+                    x = soon  # what the next step reads comes during this one
+                    soon = _load(x_proj, _source(t + 1, b, i, j, B) * G, live & (t < stop), unit, H, G)
                     u = _product(s[0], w, wide, PRECISION)
                 else:
                     unit = block * BH + tl.arange(0, BH)
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
                     s = _load_states(t, b, v, i, running, unit, start, tracks, spans, B, H, S)
+                    x = _load(x_proj, _source(t, b, i, j, B) * G, running, unit, H, G)
                 inside = (unit < H)[None, :]
-                x = _load(x_proj, source * G, running, unit, H, G, wide)
-                after, kept = STEP(x, _add_bias(u, b_hh, unit, H), s)
+                after, kept = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
                 for n in tl.static_range(len(tracks)):
                     # beyond a sequence's length its states are 0
                     tl.store(
@@ -258,14 +283,21 @@ def backward_kernel(
     n_passes = _passes(N, V, K, R)
     for behind in range(n_passes):
         p = n_passes - 1 - behind
-        b, v, i, j, stop, original, variant, moving = _rows(p, N, V, swaps, ends, lengths, T, B, K, R)
+        b, v, i, j, stop, original, _, moving = _rows(p, N, V, swaps, ends, lengths, T, B, K, R)
         origin = tl.where(p == 0, 0, i)
         begin = tl.where(original, 0, i)
         live = original | moving
         d = ()
         for n in tl.static_range(STATES):
             d = d + (tl.zeros((R, BH), wide),)
-        if not RESIDENT:
+        steps = _steps(p, T, i, stop, moving)
+        if RESIDENT:
+            t = origin + steps - 1
+            after = _load_states(t + 1, b, v, i, live & (t <= stop), unit, start, tracks, spans, B, H, S)
+            soon_s, soon_kept = _kept(
+                t, b, v, i, original, live, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT
+            )
+        else:
             for block in range(blocks):
                 unit = block * BH + tl.arange(0, BH)
                 _store(carry, slot, d, live, unit, H)
@@ -273,7 +305,6 @@ def backward_kernel(
         variants_of = b.to(tl.int64) * K
         n_ended = tl.zeros((R,), tl.int32)
         n_started = tl.zeros((R,), tl.int32)
-        steps = _steps(p, T, i, stop, moving)
         for back in range(steps):
             t = origin + steps - 1 - back
             running = live & (t >= begin) & (t <= stop)
@@ -284,9 +315,18 @@ def backward_kernel(
             ended_before = n_ended
             started_before = n_started
             for block in range(blocks):
-                if not RESIDENT:
+                if RESIDENT:
+                    s, kept = soon_s, soon_kept
+                    soon_s, soon_kept = _kept(
+                        t - 1, b, v, i, original, live, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT
+                    )
+                else:
                     unit = block * BH + tl.arange(0, BH)
-                    d = _load(carry, slot, live, unit, H, STATES, wide)
+                    d = _load(carry, slot, live, unit, H, STATES)
+                    s, kept = _kept(
+                        t, b, v, i, original, live, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT
+                    )
+                    after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S)
                 n_ended = ended_before
                 n_started = started_before
                 mask = running[:, None] & (unit < H)[None, :]
@@ -327,18 +367,13 @@ def backward_kernel(
                     n_ended += ends_here.to(tl.int32)
                     when = tl.load(end_times + variants_of + n_ended, original & running & (n_ended < K), -1)
 
-                s = _load_states(t, b, v, i, running, unit, start, tracks, spans, B, H, S)
-                after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S)
                 if RECOMPUTE:
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    source = tl.where(t == i, j, tl.where(t == j, i, t)).to(tl.int64) * B + b
-                    x = _load(x_proj, source * G, running, unit, H, G, wide)
-                    _, kept = STEP(x, _add_bias(u, b_hh, unit, H), s)
-                else:
-                    row = tl.where(original, at, T.to(tl.int64) * B + in_span)
-                    kept = _load(gates, row * KEPT, running, unit, H, KEPT, wide)
-                dx_now, du_now, ds = GRADIENT(dafter, s, after, kept)
+                    x = _load(x_proj, _source(t, b, i, j, B) * G, running, unit, H, G)
+                    recomputed = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
+                    kept = recomputed[1]
+                dx_now, du_now, ds = GRADIENT(dafter, s, after, _cast(kept, wide))
 
                 of_variant = moving & running
                 _store(d_spans, in_span * D, du_now, of_variant, unit, H)
@@ -355,8 +390,9 @@ def backward_kernel(
                 while tl.max((when == t).to(tl.int32), 0) > 0:
                     starts_here = when == t
                     other = variants_of + tl.load(start_order + variants_of + n_started, starts_here, 0)
-                    du_now = _add(du_now, _load(d_spans, other * S * D, starts_here, unit, H, G, wide))
-                    ds = _add(ds, _load(d_first, other * STATES, starts_here, unit, H, STATES, wide))
+                    owed = _load(d_spans, other * S * D, starts_here, unit, H, G)
+                    du_now = _add(du_now, _cast(owed, wide))
+                    ds = _add(ds, _load(d_first, other * STATES, starts_here, unit, H, STATES))
                     n_started += starts_here.to(tl.int32)
                     when = tl.load(start_times + variants_of + n_started, original & running & (n_started < K), -1)
                 _store(du, at * G, _keep(running, du_now), original, unit, H)
@@ -365,6 +401,7 @@ def backward_kernel(
                         du_g = tl.where(goes_on[:, None], du_now[g], 0).to(w[g].dtype)
                         ds = _replace_first(ds, tl.dot(du_g, w[g], ds[0], input_precision=PRECISION, out_dtype=wide))
                     d = _keep(goes_on, ds)
+                    after = s
                 else:
                     _store(carry, slot, ds, live, unit, H)
 
@@ -372,7 +409,7 @@ def backward_kernel(
                 tl.debug_barrier()
                 for block in range(blocks):
                     unit = block * BH + tl.arange(0, BH)
-                    ds = _load(carry, slot, goes_on, unit, H, STATES, wide)
+                    ds = _load(carry, slot, goes_on, unit, H, STATES)
                     address = tl.where(original, du + at * G * H, d_spans + in_span * D * H)
                     through = tl.zeros((R, BH), wide)
                     for inner in range(tl.cdiv(H, BK)):
@@ -388,7 +425,7 @@ def backward_kernel(
         for block in range(blocks):
             if not RESIDENT:
                 unit = block * BH + tl.arange(0, BH)
-                d = _load(carry, slot, live, unit, H, STATES, wide)
+                d = _load(carry, slot, live, unit, H, STATES)
             for n in tl.static_range(STATES):
                 inside = original[:, None] & (unit < H)[None, :]
                 tl.store(d_start[n] + b[:, None] * H + unit, d[n], inside)

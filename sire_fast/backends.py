@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sire_fast import cpu
+from sire_fast import cpu, triton
 
 
 def _reference_why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
@@ -15,7 +15,11 @@ def _reference_why_not(*, cell: str, dtype: torch.dtype, device: torch.device, h
 
 
 # name -> reasons why it cannot serve a call; the fastest first
-BACKENDS: dict[str, Callable[..., list[str]]] = {"cpu": cpu.why_not, "reference": _reference_why_not}
+BACKENDS: dict[str, Callable[..., list[str]]] = {
+    "cpu": cpu.why_not,
+    "triton": triton.why_not,
+    "reference": _reference_why_not,
+}
 
 _forced: str | None = None
 
@@ -60,8 +64,16 @@ def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device 
 def why_no_kernel(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:
     """The reasons why no compiled backend serves such a call, none if one does or if a backend is forced."""
     call = {"cell": cell, "dtype": dtype, "device": torch.device(device), "hidden_size": hidden_size}
-    kernels = [why_not(name, **call) for name in BACKENDS if name != "reference"]
-    return [] if _forced or not all(kernels) else [reason for reasons in kernels for reason in reasons]
+    if _forced:
+        return []
+    found: list[str] = []
+    for name in BACKENDS:
+        if name != "reference":
+            reasons = why_not(name, **call)
+            if not reasons:
+                return []
+            found += reasons
+    return found
 
 
 def forced() -> str | None:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sire_fast import reference
+from sire_fast.cells import CELLS
+
 try:
     from sire_fast import _C
 
@@ -60,10 +63,21 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return _COMPUTED_IN[dtype]
 
 
-def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> int:
-    """Steps of all spans together; -1 if a length, a swap or an end lies outside its sequence."""
+def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
+    """Steps of all spans together; a ValueError if a length, a swap or an end lies outside its sequence."""
     positions = [t.contiguous() for t in (swaps, ends, lengths)]
-    return _C.span_rows(steps, *swaps.shape[:2], *(t.data_ptr() for t in positions))
+    rows = _C.span_rows(steps, *swaps.shape[:2], *(t.data_ptr() for t in positions))
+    if rows < 0:
+        reference.check_positions(steps, swaps, ends, lengths)
+    return rows
+
+
+def kept(
+    cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the outputs `gates` and `spans`, which holds states and gates."""
+    saved = 0 if recompute else SAVED_GATES[cell]
+    return (steps, batch, saved * hidden if train else 0), (span_rows, (CELLS[cell].states + saved) * hidden)
 
 
 def forward(
@@ -71,8 +85,13 @@ def forward(
 ) -> None:
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     inputs = _contiguous(inputs)
-    for kept in outputs[-2:]:  # gates and spans, the largest
-        _C.advise_huge_pages(kept.data_ptr(), kept.nbytes)
+    x, *_, swaps, ends, lengths = inputs
+    # here too, so that a compiled graph checks positions
+    needed, rows = span_rows(x.shape[0], swaps, ends, lengths, None), outputs[-1].shape[0]
+    if train and rows < needed:
+        raise ValueError(f"span_rows: expected at least {needed}, got {rows}")
+    for large in outputs[-2:]:  # gates and spans
+        _C.advise_huge_pages(large.data_ptr(), large.nbytes)
     threads = torch.get_num_threads()
     _C.forward(cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs))
 

@@ -22,6 +22,7 @@ def swap_rnn(
     w_ih: Tensor | None = None,
     b_ih: Tensor | None = None,
     recompute: bool = False,
+    longest: int | None = None,
     backend: str = "auto",
 ) -> SwapRNN:
     """Run a recurrent layer over sequences and over variants of them in which two positions are exchanged.
@@ -45,6 +46,7 @@ def swap_rnn(
         b_ih: input biases, (G*H), or None for zeros; only with w_ih.
         recompute: keep the states alone for the backward, and compute the gates again: less memory, more time. On
             "reference" it changes nothing.
+        longest: no variant has a longer span, end - i + 1 steps, for GPUs to keep no more than that of each; T if None.
         backend: "auto" for the fastest that serves the call, or a key of sire_fast.backends.BACKENDS, which is then
             used or refused, never replaced.
 
@@ -54,11 +56,12 @@ def swap_rnn(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value. Positions on another device than the CPU
-            are not looked at, so that the host need not wait; they are the caller's responsibility.
+            are not looked at, so that the host need not wait; they, and `longest`, are the caller's responsibility.
         NotImplementedError: the named backend cannot serve the call; the message says why.
 
-    Dtypes: float32, float64 and bfloat16 on "cpu", the last with float32 states inside and, where the processor can,
-        bfloat16 products; whatever torch computes in on "reference". The penalty is at least float32.
+    Dtypes: float32, float64 and bfloat16 on "cpu", these and float16 on "triton", the halves with float32 states inside
+        and, where the processor can, products of halves; whatever torch computes in on "reference". The penalty is at
+        least float32. float32 is true float32, on GPUs too, unless torch.set_float32_matmul_precision allows TF32.
 
     Example:
         >>> import torch                                        # relu(x + h) of positive inputs is their sum,
@@ -71,10 +74,12 @@ def swap_rnn(
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
     reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
+    if longest is not None and longest < 1:
+        raise ValueError(f"longest: expected at least 1, got {longest}")
     name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1])
     if name == "reference":
         return reference.swap_rnn(
             cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
         )
     ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
-    return ops.swap_rnn(cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    return ops.swap_rnn(cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, longest)

@@ -200,6 +200,12 @@ class _SwapLayer(nn.RNNBase):
         """The step at which each variant is compared, (B, K)."""
         return pairs[..., 1] if self.compare == "swap" else fill_defaults(x, pairs, None, lengths)[0]
 
+    @property
+    def _longest(self) -> int | None:
+        """Steps of the longest span that the sampler can give."""
+        reach = getattr(self.swaps, "reach", None) if self.compare == "swap" else None
+        return None if reach is None else reach + 1
+
     def _weights(self, layer: int) -> list[Tensor]:
         directions = 2 if self.bidirectional else 1
         names = self._all_weights[layer * directions : (layer + 1) * directions]
@@ -223,6 +229,7 @@ class _SwapLayer(nn.RNNBase):
             w_ih=w_ih,
             b_ih=b_ih,
             recompute=self.recompute,
+            longest=self._longest,
         )
         if ends is not None:
             self._last = Pass(run.penalty, run.output, ends, run.variants, run.cells, run.variant_cells)

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import cpu, reference
+from sire_fast import cpu, triton
 from sire_fast.cells import CELLS
 from sire_fast.reference import SwapRNN
 
-# name -> module with forward and backward
-_IMPLEMENTATIONS = {"cpu": cpu}
+# name -> module with computed_in, span_rows, kept, forward and backward
+_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton}
 
 _LIBRARY = torch.library.Library("sire_fast", "DEF")
 _LIBRARY.define(
@@ -47,6 +47,7 @@ def swap_rnn(
     swaps: Tensor,
     ends: Tensor,
     lengths: Tensor,
+    longest: int | None,
 ) -> SwapRNN:
     """The pass on a chosen backend, for arguments whose shapes fit; see sire_fast.functional.swap_rnn."""
     dtype, computed = x.dtype, _IMPLEMENTATIONS[backend].computed_in(x.dtype)
@@ -54,12 +55,12 @@ def swap_rnn(
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if computed != dtype:
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
-    rows = span_rows(x.shape[0], swaps, ends, lengths) if train else 0
+    rows = span_rows(backend, x.shape[0], swaps, ends, lengths, longest) if train else 0
     arithmetic = str(dtype).removeprefix("torch.")
     *outputs, _, _ = torch.ops.sire_fast.swap_rnn.default(
         cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train
     )
-    if computed != dtype:  # but for the penalty: a mean of squares wants the digits
+    if outputs[0].dtype != dtype:  # but for the penalty: a mean of squares wants the digits
         outputs = [t if n == _PENALTY else t.to(dtype) for n, t in enumerate(outputs)]
     output, h_n, c_n, variants, penalty, cells, variant_cells = outputs
     if CELLS[cell].states == 1:
@@ -70,17 +71,12 @@ def swap_rnn(
 _PENALTY = SwapRNN._fields.index("penalty")
 
 
-def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> int:
-    """Steps of all variants together, for which the forward keeps a row each: the spans i..end of those with i < j.
-
-    Where reading the positions would stop a trace or the host, the largest number that there can be.
-    """
-    if torch.compiler.is_compiling() or swaps.device.type != "cpu":
-        return swaps.shape[0] * swaps.shape[1] * steps
-    rows = cpu.span_rows(steps, swaps, ends, lengths)
-    if rows < 0:
-        reference.check_positions(steps, swaps, ends, lengths)
-    return rows
+def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
+    """Rows for the steps of all variants' spans, which the forward keeps: the largest number that there can be where
+    reading the positions would stop a trace."""
+    if torch.compiler.is_compiling():
+        return swaps.shape[0] * swaps.shape[1] * (steps if longest is None else longest)
+    return _IMPLEMENTATIONS[backend].span_rows(steps, swaps, ends, lengths, longest)
 
 
 @torch.library.register_fake("sire_fast::swap_rnn")
@@ -106,7 +102,8 @@ def _outputs(
     steps, batch, _ = x.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
-    saved = 0 if recompute else cpu.SAVED_GATES[cell]
+    gates, spans = _IMPLEMENTATIONS[backend].kept(cell, steps, batch, hidden, span_rows, train, recompute)
+    wide = torch.promote_types(x.dtype, torch.float32)
     shapes = (
         (steps, batch, hidden),
         (batch, hidden),
@@ -115,20 +112,15 @@ def _outputs(
         (batch, n_variants),
         (steps, batch, hidden) if has_cell else (0,),
         (batch, n_variants, hidden) if has_cell else (0,),
-        (steps, batch, saved * hidden if train else 0),
-        (span_rows, (CELLS[cell].states + saved) * hidden),
+        spans,
     )
-    return tuple(x.new_empty(shape) for shape in shapes)
+    *states, spans = (x.new_empty(shape, dtype=wide) for shape in shapes)
+    return *states, x.new_empty(gates), spans
 
 
 @torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
 def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, rows, train = arguments
-    x, *_, swaps, ends, lengths = inputs
-    # here too, so that a compiled graph checks positions
-    needed = span_rows(x.shape[0], swaps, ends, lengths)
-    if train and rows < needed:
-        raise ValueError(f"span_rows: expected at least {needed}, got {rows}")
+    *inputs, _, train = arguments
     outputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
     _IMPLEMENTATIONS[backend].forward(cell, arithmetic, train, recompute, inputs, outputs)
     return outputs

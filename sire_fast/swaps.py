@@ -3,7 +3,8 @@
 A sampler is called with the sequence length (or the lengths of the sequences) and the batch size and returns, for
 every sequence, K pairs of positions (i, j) with i <= j, all inside the sequence. A pair with i == j exchanges
 nothing; it stands where a sequence is too short for a real pair. All draws are uniform over the allowed pairs, with
-replacement, and repeatable under a generator. Any other callable with this signature serves as a sampler too.
+replacement, and repeatable under a generator. Any other callable with this signature serves as a sampler too. One may
+have an attribute `reach`, the largest j - i that it draws: a GPU then keeps no more than that of a variant.
 
     >>> import torch
     >>> Adjacent("all")(4, 1)
@@ -111,6 +112,11 @@ class Window(_Drawn):
         if self.width < 1:
             raise ValueError(f"width: expected at least 1, got {self.width}")
 
+    @property
+    def reach(self) -> int:
+        """Largest j - i."""
+        return self.width
+
     # Pairs are numbered by j, then i: first the triangle j <= width, then `width` pairs for every further j.
     def _count(self, lengths: Tensor) -> Tensor:
         head = lengths.clamp(max=self.width + 1)
@@ -135,6 +141,7 @@ class Adjacent(_Drawn):
     """
 
     k: int | str  # type: ignore[assignment]
+    reach: ClassVar[int] = 1
     _counts_numbers = True
 
     def __post_init__(self) -> None:

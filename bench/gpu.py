@@ -1,0 +1,784 @@
+"""Check every GPU kernel against float64, then time what is right against cuDNN and plain PyTorch: python -m bench.gpu.
+
+A kernel is any backend besides "cpu" and "reference". It is checked as the tests check the CPU's: no error larger than
+twice that of the reference in the same arithmetic, on memory filled with NaN, and bits that repeat, on other streams
+and in CUDA graphs too. What fails is not timed. Then come the figures that the project has to reach, peers' shapes, and
+how time grows with rows, H and T. Writes <device>.json and <device>.png to $OUT, else to bench/results. All of it takes
+eight minutes at most: what does not fit is "skipped: time". Exit code 0; 1 if a kernel is wrong; 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sire_fast import backends, benchmark, functional, reference, swaps
+from sire_fast.benchmark import Setting, Step, quartiles, ratio
+from sire_fast.cells import CELLS
+
+ROOT = Path(__file__).parents[1]
+TOTAL, CHECK = 450.0, 145.0  # seconds, of all and of the check
+START = 10.0  # seconds that a process of the check takes to begin
+ITEM = 8.0  # seconds of one setting, after its warm-up
+ROUNDS, QUICK_ROUNDS, FEWEST = 11, 2, 3  # of a contestant; FEWEST however slow it is
+INPUTS = 3  # sets that take turns, so that the cache does not hold the input of the next step
+AT_LEAST = 0.01  # seconds between two events: the clock of a GPU is coarse
+
+# tf32: float32 tensors, whose products torch, cuDNN and the kernels may take in TF32
+DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()} | {"tf32": 2**-10}
+_CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}  # a Setting's name -> a key of CELLS
+_TENSORS = ("x_proj", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")
+
+
+def kernels() -> list[str]:
+    """The backends that run on a GPU alone."""
+    return [name for name in backends.BACKENDS if name not in ("cpu", "reference")]
+
+
+@contextmanager
+def _arithmetic(name: str) -> Iterator[None]:
+    """Products of float32 in TF32 for "tf32", and true for all others; torch's default lets cuDNN take TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+# ---- the check
+
+
+class Case(NamedTuple):
+    """A call of swap_rnn: sizes, and which of the optional arguments it has."""
+
+    T: int
+    B: int
+    H: int
+    swaps: str = "none"
+    compare: str = "end"
+    I: int = 0  # noqa: E741  # 0 for inputs that are projected already
+    ragged: bool = False
+    bias: bool = True
+    recompute: bool = False
+    longest: int | None = None  # span of a variant, if the kernel is told
+
+    def __str__(self) -> str:
+        default = Case._field_defaults
+        return " ".join(f"{k}={v}" for k, v in self._asdict().items() if k not in default or v != default[k])
+
+
+# the most telling first: each costs compilations, and the time may not suffice for all
+CASES = [
+    Case(20, 64, 128, "uniform:8"),
+    Case(9, 64, 256, "adjacent:8", "swap", I=256, longest=2),
+    Case(7, 5, 7, "uniform:3", I=5, ragged=True),
+    Case(9, 3, 64, "uniform:2", "swap", I=16, ragged=True, bias=False),
+    Case(300, 4, 32, "uniform:2", I=3),
+    Case(1, 1, 100, "uniform:1", bias=False),
+    Case(6, 13, 192, "uniform:5", "swap", I=40, ragged=True, recompute=True),
+    Case(5, 4, 512, I=64),
+    Case(4, 3, 512, "adjacent:all", "swap", ragged=True, longest=2),
+    Case(12, 33, 100, "uniform:9", I=70, ragged=True, recompute=True),
+    Case(300, 2, 128, "adjacent:all", "swap", I=8, recompute=True, longest=2),
+    Case(5, 3, 256, "uniform:2", ragged=True, recompute=True),
+    Case(1, 130, 64, bias=False),
+    Case(8, 17, 7, "adjacent:4", "swap", recompute=True),
+    Case(11, 9, 192, "uniform:3"),
+    Case(4, 1, 32, "uniform:5", "swap", I=33, longest=4),
+    Case(3, 2, 512, "uniform:1", recompute=True),
+]
+
+
+@dataclass
+class Checked:
+    """What the check of one kernel says of a cell in an arithmetic."""
+
+    backend: str
+    cell: str
+    arithmetic: str
+    passed: int = 0
+    failures: list[str] = field(default_factory=list)
+    not_available: list[str] = field(default_factory=list)  # reasons, each once
+    skipped: int = 0  # cases for which there was no time
+
+    @property
+    def correct(self) -> bool:
+        """Nothing failed, and something was checked unless the kernel cannot serve at all."""
+        return not self.failures and (self.passed > 0 or (bool(self.not_available) and not self.skipped))
+
+    def why_not_timed(self) -> str | None:
+        if self.failures:
+            return "not timed: wrong"
+        reasons = f"not available: {'; '.join(self.not_available)}" if self.not_available else "not timed: unchecked"
+        return None if self.passed else reasons
+
+
+def make(cell: str, case: Case, draw: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Arguments of swap_rnn, leaves that require gradients; the same for the same case and draw."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{cell} {case} {draw}".encode()))
+    width = CELLS[cell].gates * case.H
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype).requires_grad_()
+
+    lengths = torch.randint(1, case.T + 1, (case.B,), generator=generator) if case.ragged else None
+    pairs, sampler = torch.zeros(case.B, 0, 2, dtype=torch.int64), swaps.parse(case.swaps)
+    if sampler is not None:
+        pairs = sampler(case.T if lengths is None else lengths, case.B, generator)
+        pairs[0, :1, 1] = pairs[0, :1, 0]  # one that exchanges nothing
+    return {
+        "x_proj": normal(case.T, case.B, case.I or width),
+        "w_ih": normal(width, case.I, scale=case.I**-0.5) if case.I else None,
+        "b_ih": normal(width) if case.I and case.bias else None,
+        "w_hh": normal(width, case.H, scale=case.H**-0.5),
+        "b_hh": normal(width) if case.bias else None,
+        "h0": normal(case.B, case.H),
+        "c0": normal(case.B, case.H) if cell == "lstm" else None,
+        "swaps": pairs.to(device),
+        "ends": pairs[..., 1].contiguous().to(device) if case.compare == "swap" else None,
+        "lengths": None if lengths is None else lengths.to(device),
+    }
+
+
+def _leaves(arguments: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The same arguments with every tensor of numbers changed, as new leaves."""
+    return {
+        name: change(value.detach()).requires_grad_() if name in _TENSORS and value is not None else value
+        for name, value in arguments.items()
+    }
+
+
+def _run(call: Callable[..., reference.SwapRNN], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All outputs, and the gradient of every argument through all of them; it never waits for the device."""
+    named = {name: value for name, value in call(**arguments)._asdict().items() if value is not None}
+    weights = (torch.arange(v.numel(), device=v.device).cos().view(v.shape).to(v.dtype) for v in named.values())
+    loss = sum((value * weight).sum() for value, weight in zip(named.values(), weights, strict=True))
+    wanted = [name for name in _TENSORS if arguments[name] is not None]
+    gradients = torch.autograd.grad(loss, [arguments[name] for name in wanted])
+    named |= {f"d_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
+    return {name: value.detach() for name, value in named.items()}
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory that nobody wrote holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of cuBLAS, which nobody asked to repeat itself
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def check_case(backend: str, cell: str, arithmetic: str, case: Case, draw: int, device: str) -> list[str]:
+    """What is wrong with a kernel in one case."""
+    with _arithmetic(arithmetic):
+        arguments = make(cell, case, draw, DTYPES[arithmetic], device)
+        told = {"longest": case.longest} if case.longest else {}
+        kernel = partial(functional.swap_rnn, cell, backend=backend, recompute=case.recompute, **told)
+        ours = partial(_run, kernel)
+        with _poisoned():
+            values = ours(arguments)
+        truth = _run(partial(reference.swap_rnn, cell), _leaves(arguments, Tensor.double))
+        theirs = _run(partial(reference.swap_rnn, cell), arguments)
+        wrong = _too_far(values, theirs, truth, EPS[arithmetic])
+        wrong += _differ("in a second run", values, ours(arguments))
+        if torch.device(device).type == "cuda":
+            wrong += _streams(ours, arguments, values)
+    return wrong
+
+
+def _too_far(
+    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], truth: Mapping[str, Tensor], eps: float
+) -> list[str]:
+    """The results whose error is more than twice the reference's and a few eps, as shares of the largest true value."""
+    if ours.keys() != truth.keys():
+        return [f"results: expected {', '.join(truth)}, got {', '.join(ours)}"]
+    wrong = []
+    for name, exact in truth.items():
+        value, other = ours[name], theirs[name]
+        if (value.shape, value.dtype) != (exact.shape, other.dtype):
+            wrong.append(f"{name}: expected {other.dtype} {[*exact.shape]}, got {value.dtype} {[*value.shape]}")
+        elif exact.numel():
+            largest = exact.abs().max().clamp(min=1e-3)
+            error, allowed = (float((v.double() - exact).abs().max() / largest) for v in (value, other))
+            allowed = 2 * allowed + 4 * eps
+            if not error <= allowed:  # NaN too
+                wrong.append(f"{name}: error {error:.1e}, allowed {allowed:.1e}")
+    return wrong
+
+
+def _differ(where: str, ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> list[str]:
+    return [f"{name}: other bits {where}" for name, value in ours.items() if not torch.equal(value, others[name])]
+
+
+def _streams(
+    ours: Callable[[Mapping[str, Any]], dict[str, Tensor]], arguments: dict[str, Any], values: dict[str, Tensor]
+) -> list[str]:
+    """What is wrong on another stream than the default, where the host must not wait, and in a captured graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(20_000_000)  # the arguments come late: a kernel on the default stream would not see them
+            on_side = ours(_leaves(arguments, Tensor.clone))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = ours(arguments)
+    with torch.no_grad():
+        arguments["x_proj"].neg_()  # a graph computes with what the memory holds now
+    graph.replay()
+    torch.cuda.synchronize()
+    return _differ("on another stream", values, on_side) + _differ("in a CUDA graph", ours(arguments), captured)
+
+
+def check_cases(checked: Checked, cases: Sequence[Case], device: str, seconds: float) -> Checked:
+    """Check cases in their order until the time is up, and add what is found."""
+    until = time.monotonic() + seconds
+    backend, cell, arithmetic = checked.backend, checked.cell, checked.arithmetic
+    for n, case in enumerate(cases):
+        if time.monotonic() > until:
+            checked.skipped += len(cases) - n
+            break
+        reasons = backends.why_not(backend, cell=cell, dtype=DTYPES[arithmetic], device=device, hidden_size=case.H)
+        if reasons:
+            checked.not_available += [reason for reason in reasons if reason not in checked.not_available]
+            continue
+        for draw in range(3 if cell == "rnn_relu" else 1):  # its gradient jumps where rounding changes a sign
+            try:
+                wrong = check_case(backend, cell, arithmetic, case, draw, device)
+            except Exception as error:  # whatever a kernel raises here is what the check looks for
+                wrong = [_first_line(error)]
+            if not wrong:
+                break
+        checked.failures += [f"{backend} {cell} {arithmetic} {case}: {what}" for what in wrong]
+        checked.passed += not wrong
+    return checked
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def check(groups: Sequence[Checked], cases: Sequence[Case], device: str, seconds: float, workers: int) -> list[Checked]:
+    """Check all groups side by side, each in a process of its own: compilations take most of the time, and a kernel
+    that breaks the CUDA context must not break those of others."""
+    workers = max(1, min(workers, len(groups)))
+    share = seconds / max(1, math.ceil(len(groups) / workers)) - START
+    until = time.monotonic() + 1.2 * seconds  # a compilation that has begun may end
+    done = []
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,), "maxtasksperchild": 1}
+    with multiprocessing.get_context("spawn").Pool(workers, **one_thread) as pool:
+        answers = [pool.apply_async(check_cases, (group, cases, device, share)) for group in groups]
+        for group, answer in zip(groups, answers, strict=True):
+            try:
+                done.append(answer.get(max(1, until - time.monotonic())))
+            except multiprocessing.TimeoutError:  # it hangs, or the process has died
+                name = f"{group.backend} {group.cell} {group.arithmetic}"
+                done.append(replace(group, failures=[f"{name}: no answer"]))
+    return done
+
+
+# ---- what is timed
+
+
+class Goal(NamedTuple):
+    """At most `limit`: of the time, or the peak memory, of `against`; or microseconds of a forward step."""
+
+    limit: float
+    against: str | None = None
+    of: str = "step"
+    ours: str = "kernel"
+
+    def __str__(self) -> str:
+        return f"{self.ours}, {self.of}, against {self.against}" if self.against else f"{self.ours}, us of a step"
+
+
+class Item(NamedTuple):
+    """A setting and who runs it: "kernel" and "kernel plain" stand for all kernels, with and without SIRE."""
+
+    setting: Setting
+    arithmetic: str
+    names: tuple[str, ...]
+    goals: tuple[Goal, ...] = ()
+    sweep: str | None = None  # the axis on whose panel it is drawn
+
+    def __str__(self) -> str:
+        s = self.setting
+        return f"{s.cell} T={s.T} B={s.B} I={s.I} H={s.H} {s.swaps} {s.compare} {self.arithmetic}"
+
+    def contestants(self, found: Sequence[str]) -> list[str]:
+        """Their names, with those of the kernels in place of "kernel"."""
+        return [n.replace("kernel", k) for n in self.names for k in (found if n.startswith("kernel") else ("",))]
+
+
+SIRE = ("kernel", "kernel plain", "plain", "stacked", "shared")
+PLAIN = ("kernel plain", "plain")
+
+
+def plan(device: str) -> list[Item]:
+    """What is timed, the most important first."""
+    items = []
+
+    def add(sizes: tuple[Any, ...], arithmetics: str, names: tuple[str, ...] = SIRE, *goals: Goal, **more: Any) -> None:
+        pairs, compare = more.get("variants", ("uniform:8", "end"))
+        for arithmetic in arithmetics.split():
+            dtype = str(DTYPES[arithmetic]).removeprefix("torch.")
+            if dtype in benchmark.DTYPES:  # no others are settings
+                setting = Setting(*sizes, pairs, compare, dtype, device)
+                items.append(Item(setting, arithmetic, names, goals, more.get("sweep")))
+
+    microsecond = Goal(1.0, of="forward")
+    goals = (Goal(1.0, "plain"), Goal(1 / 4, "stacked"), Goal(1 / 100, "reference"), microsecond)
+    add(("GRU", 1000, 64, 128, 128), "bfloat16 float32 tf32", (*SIRE, "reference"), *goals)
+    memory = (Goal(0.6, "stacked", "peak"),)
+    add(("GRU", 100, 64, 128, 128), "float32 bfloat16", SIRE, *memory, variants=("uniform:4", "end"))
+    add(("GRU", 200, 234, 128, 128), "bfloat16 float32", ("kernel", "plain", "stacked"), microsecond)
+
+    # a layer and its penalty at the authors' size
+    over_plain = (Goal(0.5, "plain", ours="kernel plain"),)
+    for cell in ("GRU", "LSTM"):
+        sizes = (cell, 100, 64, 256, 256)
+        small = (*over_plain, Goal(1.05, "kernel plain"), Goal(1.0, "plain"))
+        add(sizes, "float32 bfloat16", SIRE, *small, variants=("adjacent:8", "swap"))
+        add(sizes, "float32", (*SIRE, "published"), *over_plain, variants=("adjacent:1", "swap"))
+        add(sizes, "float32", SIRE, *over_plain, variants=("adjacent:all", "swap"))
+    for cell in ("LSTM", "RNN"):
+        add((cell, 1000, 64, 128, 128), "bfloat16", SIRE, *goals[:2], microsecond)
+
+    # large states, small states, and sizes at which cuDNN's choice of an algorithm is poor; no penalty
+    as_fast = Goal(1.0, "plain", ours="kernel plain")
+    add(("LSTM", 1024, 16, 768, 768), "bfloat16 float32", PLAIN, as_fast)
+    add(("LSTM", 1024, 16, 768, 768), "float16", PLAIN, as_fast._replace(limit=1.3))
+    for hidden in (256, 512, 768):
+        add(("GRU", 1024, 16, hidden, hidden), "bfloat16 float32", PLAIN, as_fast)
+    for hidden in (32, 64, 128):
+        for batch in (16, 16 * 768 // hidden):
+            add(("LSTM", 1024, batch, hidden, hidden), "bfloat16", PLAIN, microsecond._replace(ours="kernel plain"))
+    for cell in ("LSTM", "GRU"):
+        for sizes, limit in (
+            ((2721, 6, 128, 72), 1.0),
+            ((3854, 16, 112, 128), 1.0),
+            ((2058, 62, 16, 168), 1 / 5),
+            ((1125, 44, 40, 160), 1 / 5),
+        ):
+            add((cell, *sizes), "float32", PLAIN, as_fast._replace(limit=limit))
+
+    swept = ("kernel", "kernel plain", "plain", "stacked")
+    for batch in (4, 16, 64, 256):
+        add(("GRU", 256, batch, 128, 128), "bfloat16", swept, sweep="B")
+    for hidden in (32, 64, 128, 256, 512):
+        add(("GRU", 256, 64, hidden, hidden), "bfloat16", swept, sweep="H")
+    for steps in (64, 256, 1024):
+        add(("GRU", steps, 64, 128, 128), "bfloat16", swept, sweep="T")
+    # last: nobody knows how long a loop of 20 steps takes to compile
+    add(("GRU", 20, 64, 64, 64), "float32", (*SIRE, "reference", "compiled"), variants=("uniform:4", "end"))
+    return items
+
+
+class Work(NamedTuple):
+    """The fewest operations and bytes of a forward, and of forward and backward."""
+
+    forward_flops: int
+    forward_bytes: int
+    step_flops: int
+    step_bytes: int
+
+    def floor(self, flops: float, bandwidth: float) -> dict[str, float]:
+        """Seconds below which no device of such rates gets."""
+        return {
+            "forward": max(self.forward_flops / flops, self.forward_bytes / bandwidth),
+            "step": max(self.step_flops / flops, self.step_bytes / bandwidth),
+        }
+
+
+def work(setting: Setting, swapped: bool) -> Work:
+    """Of the layer with its variants, or without. A variant runs over its span only and its first step needs no
+    product; the backward reads the states of every step and could compute the gates again."""
+    T, B, I, H = setting.T, setting.B, setting.I, setting.H  # noqa: E741
+    cell, size = CELLS[_CELLS[setting.cell]], getattr(torch, setting.dtype).itemsize
+    rows = products = T * B
+    if swapped:
+        i, j = swaps.parse(setting.swaps)(T, B, torch.Generator().manual_seed(0)).unbind(-1)
+        spans = ((j if setting.compare == "swap" else T - 1) - i + 1)[i < j]
+        rows, products = rows + int(spans.sum()), products + int((spans - 1).sum())
+    x, output, states = T * B * I, T * B * H, rows * H * cell.states
+    weights = cell.gates * H * (I + H + 2)
+    flops = 2 * cell.gates * H * (I * T * B + H * products)
+    forward = x + weights + states  # what is read, and what is written
+    backward = x + weights + states + output + x + weights  # the last two are dx and those of the weights
+    return Work(flops, size * forward, 3 * flops, size * (forward + backward))
+
+
+def seconds_of(run: Callable[[], object], repeat: int, device: str) -> float:
+    """Of one run out of several in a row."""
+    if torch.device(device).type == "cpu":
+        began = time.perf_counter()
+        for _ in range(repeat):
+            run()
+        return (time.perf_counter() - began) / repeat
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(repeat):
+        run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / repeat
+
+
+def rates(device: str, side: int = 8192) -> dict[str, float]:
+    """What the device reaches: bytes per second of a copy, read and written, and operations per second of a product
+    of square matrices in every arithmetic."""
+
+    def median(run: Callable[[], object]) -> float:
+        seconds_of(run, 3, device)
+        return quartiles([seconds_of(run, 1, device) for _ in range(7)]).median
+
+    a = torch.randn(2 * side, 2 * side, device=device)
+    b = torch.empty_like(a)
+    found = {"bandwidth": 2 * a.nbytes / median(lambda: b.copy_(a))}
+    for name, dtype in DTYPES.items():
+        square = torch.randn(side, side, device=device).to(dtype)
+        with _arithmetic(name):
+            found[name] = 2 * side**3 / median(lambda square=square: square @ square)
+    return found
+
+
+class Runner:
+    """A contestant's training step on inputs that take turns.
+
+    Args:
+        setting: what is measured.
+        name: a key of benchmark.CONTESTANTS; a backend, perhaps with " plain" behind it, for our layer with it;
+            "compiled" for our layer with the reference behind torch.compile.
+    """
+
+    def __init__(self, setting: Setting, name: str) -> None:
+        backend = "reference" if name == "compiled" else name.removesuffix(" plain")
+        ours = backend in backends.BACKENDS
+        self._make = partial(Step, setting, f"sire_fast{' plain' * name.endswith(' plain')}" if ours else name)
+        self.step, self._compiled = self._make(), name == "compiled"
+        if self._compiled:
+            self.step.module = torch.compile(self.step.module)
+        self._inputs = [torch.randn_like(self.step.x).requires_grad_() for _ in range(INPUTS)]
+        self._forced = partial(backends.use, backend) if ours else nullcontext
+
+    def run(self, what: str) -> None:
+        """The "forward" alone, or the whole "step"."""
+        step = self.step
+        self._inputs.append(self._inputs.pop(0))
+        step.x = self._inputs[0]
+        with self._forced():
+            if what == "step":
+                step()
+            else:
+                step.forward(step.module, step.x, step.sampler, step.compare)
+
+    def peak_bytes(self) -> list[int]:
+        """By how much the device's memory grows in a step, at its peak; empty on a CPU and of a compiled step."""
+        if not self.step.x.is_cuda or self._compiled:
+            return []
+        fresh = self._make()  # a layer keeps the outputs of its last pass
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with self._forced():
+            fresh()
+        return [torch.cuda.max_memory_allocated() - before]
+
+
+# name of a contestant -> what is measured of it in each round: seconds of "forward" and "step", bytes of "peak";
+# or why nothing is
+Measured = dict[str, dict[str, list[float]] | str]
+
+
+def measure(item: Item, names: Sequence[str], seconds: float = ITEM, rounds: int = ROUNDS) -> Measured:
+    """Time contestants in turns; a slow one takes part in the first rounds only, so that it does not take the others'
+    time."""
+    device, orders = item.setting.device, random.Random(0)
+    runners: dict[str, tuple[Runner, dict[str, float], dict[str, int]]] = {}
+    measured: Measured = {}
+    with _arithmetic(item.arithmetic):
+        for name in names:
+            try:
+                runner = Runner(item.setting, name)
+                runner.run("step")
+                peak = runner.peak_bytes()
+                once = {what: seconds_of(partial(runner.run, what), 1, device) for what in ("forward", "step")}
+            except Exception as error:  # one that fails must not take the others' results with it
+                measured[name] = f"failed: {_first_line(error)}"
+                continue
+            repeats = {what: max(1, min(100, round(AT_LEAST / took))) for what, took in once.items()}
+            runners[name] = runner, once, repeats
+            measured[name] = {"forward": [], "step": [], "peak": peak}
+        for n in range(rounds):
+            for name in orders.sample([*runners], len(runners)):
+                runner, once, repeats = runners[name]
+                if n >= FEWEST and (n + 1) * sum(once[w] * repeats[w] for w in once) > seconds / len(runners):
+                    continue
+                try:
+                    for what, repeat in repeats.items():
+                        measured[name][what].append(seconds_of(partial(runner.run, what), repeat, device))
+                except Exception as error:  # memory, say, which all share
+                    measured[name] = f"failed: {_first_line(error)}"
+                    del runners[name]
+    return measured
+
+
+def reached(item: Item, found: Sequence[str], measured: Measured) -> list[dict[str, Any]]:
+    """Every goal of an item, for every kernel."""
+    rows = []
+    for goal, backend in itertools.product(item.goals, found):
+        row = {"backend": backend, "what": str(goal), "shape": str(item), "limit": goal.limit}
+        names = [name.replace("kernel", backend) for name in (goal.ours, goal.against) if name]
+        missing = [measured[name] for name in names if isinstance(measured[name], str)]
+        if missing:
+            rows.append(row | {"measured": None, "reached": False, "why": missing[0]})
+            continue
+        values = [measured[name][goal.of] for name in names]
+        rounds = min(map(len, values))  # a slow one took part in the first only
+        if not rounds:
+            continue  # memory, on a CPU
+        if goal.against:
+            value = ratio({name: each[:rounds] for name, each in zip(names, values, strict=True)}, *names)
+        else:
+            value = quartiles([1e6 * took / item.setting.T for took in values[0]])
+        rows.append(row | {"measured": value._asdict(), "reached": value.median <= goal.limit})
+    return rows
+
+
+def as_json(item: Item, measured: Measured, speed: Mapping[str, float]) -> dict[str, Any]:
+    """What the result file holds of an item: seconds, microseconds per step, and how far they are from the floor."""
+
+    def contestant(name: str, found: dict[str, list[float]]) -> dict[str, Any]:
+        least = work(item.setting, not name.endswith("plain")).floor(speed[item.arithmetic], speed["bandwidth"])
+        told: dict[str, Any] = {"peak_bytes": found["peak"]}
+        for what, floor in least.items():
+            seconds = quartiles(found[what])
+            us, floor_us = (1e6 * each / item.setting.T for each in (seconds.median, floor))
+            told[what] = {"seconds": seconds._asdict(), "us_per_step": us, "floor_us_per_step": floor_us}
+        return told
+
+    contestants = {name: each if isinstance(each, str) else contestant(name, each) for name, each in measured.items()}
+    setting = {"setting": asdict(item.setting), "arithmetic": item.arithmetic, "sweep": item.sweep}
+    return setting | {"contestants": contestants}
+
+
+# ---- the command
+
+
+class Clock:
+    """How much of the time is left, and progress on stderr."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        return self._until - time.monotonic()
+
+    def say(self, text: str) -> None:
+        print(f"[{self.left:4.0f} s left] {text}", file=sys.stderr, flush=True)
+
+
+def time_item(
+    item: Item, found: Sequence[str], checked: Mapping[tuple[str, str, str], Checked] | None, rounds: int
+) -> Measured:
+    """Measure the contestants of an item, kernels only where they are right, at this very size too.
+
+    Args:
+        item: what is timed.
+        found: the kernels.
+        checked: by backend, cell and arithmetic; gets what is found here. None times unchecked kernels.
+        rounds: at most.
+    """
+    setting, cell, device = item.setting, _CELLS[item.setting.cell], item.setting.device
+    refused: dict[str, str] = {}
+    for backend in found:
+        dtype = DTYPES[item.arithmetic]
+        reasons = backends.why_not(backend, cell=cell, dtype=dtype, device=device, hidden_size=setting.H)
+        why = f"not available: {'; '.join(reasons)}" if reasons else None
+        if why is None and checked is not None:
+            group = checked[backend, cell, item.arithmetic]
+            if group.why_not_timed() is None:
+                sizes = min(setting.T, 20), setting.B, setting.H
+                reach = getattr(swaps.parse(setting.swaps), "reach", None) if setting.compare == "swap" else None
+                longest = None if reach is None else reach + 1  # as a layer tells it
+                case = Case(*sizes, setting.swaps, setting.compare, setting.I, longest=longest)
+                check_cases(group, [case], device, ITEM)
+            why = group.why_not_timed()
+        if why is not None:
+            refused |= {name.replace("kernel", backend): why for name in item.names if name.startswith("kernel")}
+    return refused | measure(item, [name for name in item.contestants(found) if name not in refused], rounds=rounds)
+
+
+def _machine(device: str) -> dict[str, Any]:
+    """What the result depends on, of the device and of the software."""
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = None
+    triton = [each.version for each in importlib.metadata.distributions(name="triton")]
+    machine = benchmark.machine(device)
+    machine["versions"] |= {"triton": triton[0] if triton else None, "cuda": torch.version.cuda, "driver": driver}
+    on_gpu = torch.device(device).type == "cuda"
+    return machine | {"capability": torch.cuda.get_device_capability(device) if on_gpu else None}
+
+
+def _write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Make a file appear whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    writer(temporary)
+    os.replace(temporary, path)
+
+
+def draw(result: Mapping[str, Any]) -> Any:
+    """Time of a step of the sequence against rows, H and T: a matplotlib figure."""
+    from matplotlib.figure import Figure  # not everywhere
+
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    figure.suptitle(f"GRU, forward and backward, eight swaps a sequence, bfloat16, {result['machine']['device']}")
+    panels = figure.subplots(1, 3, sharey=True)
+    titles = {"B": "B, sequences (9 B rows)", "H": "H, units", "T": "T, steps"}
+    for axes, (axis, title) in zip(panels, titles.items(), strict=True):
+        points = [p for p in result["times"] if p["sweep"] == axis]
+        names = dict.fromkeys(name for p in points for name, found in p["contestants"].items() if "step" in found)
+        for name in names:
+            measured = [p for p in points if "step" in p["contestants"].get(name, {})]
+            style = {"marker": "o", "linestyle": "--" if name.endswith(" plain") else "-"}
+            where = [p["setting"][axis] for p in measured]
+            axes.plot(where, [p["contestants"][name]["step"]["us_per_step"] for p in measured], label=name, **style)
+        axes.set(xscale="log", yscale="log", xlabel=title)
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("microseconds per step")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    return figure
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The result as plain text, what matters most last."""
+
+    def cell(name: str, found: dict[str, Any] | str) -> str:
+        if isinstance(found, str):
+            return f"{name} {found[:60]}"
+        forward, step = found["forward"]["us_per_step"], found["step"]["us_per_step"]
+        return f"{name} {forward:.2f}/{step:.2f} (x{step / found['step']['floor_us_per_step']:.0f})"
+
+    lines = ["microseconds per step, forward / forward and backward (times the floor of the latter)"]
+    for point in result["times"]:
+        shape = "{cell} T={T} B={B} I={I} H={H} {swaps} {compare} ".format(**point["setting"]) + point["arithmetic"]
+        lines += [shape, "    " + " | ".join(cell(name, found) for name, found in point["contestants"].items())]
+    lines.append(f"{'kernel':8}{'goal':38}{'shape':60}{'at most':>7}  measured [quartiles]")
+    for row in result["goals"]:
+        found = row["measured"]
+        measured = "{median:.3f} [{lower:.3f}, {upper:.3f}]".format(**found) if found else row["why"][:60]
+        reached = "yes" if row["reached"] else "NO"
+        lines.append(f"{row['backend']:8}{row['what']:38}{row['shape']:60}{row['limit']:7.2f}  {measured}  {reached}")
+    failures = [failure for checked in result["checks"] for failure in checked["failures"]]
+    lines += [f"WRONG {failure}" for failure in failures[:40]]
+    for checked in result["checks"]:
+        counts = f"{checked['passed']} cases passed, {checked['skipped']} skipped: time"
+        refused = "; ".join(("", *checked["not_available"]))[:120]
+        lines.append("check: {backend} {cell} {arithmetic}: ".format(**checked) + counts + refused)
+    lines.append(f"correct: {str(result['correct']).lower()}, failures: {len(failures)}")
+    return "\n".join(lines)
+
+
+def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Check the kernels `found`, measure, and write the result, which is also returned, and its picture."""
+    clock, machine = Clock(TOTAL), _machine(device)
+    result: dict[str, Any] = {"machine": machine, "quick": options.quick, "rates": None, "times": [], "goals": []}
+    path = out / f"{re.sub(r'[^a-z0-9]+', '-', machine['device'].lower())}.json"
+    checked: dict[tuple[str, str, str], Checked] | None = None
+    if options.only != "time":
+        clock.say(f"checking {', '.join(found) or 'nothing: no kernel is there'}")
+        groups = [Checked(*group) for group in itertools.product(found, options.cells, options.dtypes)]
+        done = check(groups, CASES[:4] if options.quick else CASES, device, CHECK, os.cpu_count() or 1)
+        checked = {(group.backend, group.cell, group.arithmetic): group for group in done}
+
+    def save() -> None:  # after every item: what comes later may take the process with it
+        done = [*(checked or {}).values()]
+        result["checks"] = [asdict(group) for group in done]
+        result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
+        _write(path, lambda temporary: temporary.write_text(json.dumps(result, indent=2) + "\n"))
+
+    save()
+    items = [] if options.only == "check" else plan(device)
+    items = [i for i in items if _CELLS[i.setting.cell] in options.cells and i.arithmetic in options.dtypes]
+    if items:
+        result["rates"] = rates(device, 128 if options.quick else 8192)
+    for item in items:
+        if options.quick:
+            item = item._replace(setting=replace(item.setting, T=6, B=3, I=16, H=16))
+        measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
+        # warm-up and compilation come on top of an item's seconds
+        if clock.left > (90 if "compiled" in item.names else 15):
+            clock.say(f"timing {item}")
+            measured = time_item(item, found, checked, QUICK_ROUNDS if options.quick else ROUNDS)
+        result["times"].append(as_json(item, measured, result["rates"]))
+        result["goals"] += reached(item, found, measured)
+        save()
+        torch.cuda.empty_cache()
+    try:
+        figure = draw(result)  # axes stay empty where options leave their settings out
+        _write(path.with_suffix(".png"), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    except ImportError as error:
+        clock.say(f"no picture: {error}")
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check, measure, write and print; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--only", choices=("check", "time"), help="with time, kernels are timed unchecked")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.gpu: torch sees no GPU, and this measures one", file=sys.stderr)
+        return 2
+    out = Path(os.environ.get("OUT") or ROOT / ("runs/bench" if options.quick else "bench/results"))
+    out.mkdir(parents=True, exist_ok=True)
+    result = run("cuda", kernels(), options, out)
+    print(report(result))
+    return 0 if result["correct"] or options.only == "time" else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

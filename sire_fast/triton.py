@@ -1,0 +1,87 @@
+"""The backend "triton": the kernels of kernels/ on a GPU, imported, and triton with them, when a call needs them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from sire_fast import reference
+
+_INSTALLED = find_spec("triton") is not None
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LARGEST_HIDDEN = 1024
+_LEAST_CAPABILITY = (8, 0)
+
+
+def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
+    """Reasons why these kernels cannot serve a call."""
+    reasons = []
+    if not _INSTALLED:
+        reasons.append("triton: the package triton is not installed")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _LEAST_CAPABILITY:
+            reasons.append(
+                f"triton: needs compute capability 8.0 or above, {device} has {'.'.join(map(str, capability))}"
+            )
+    elif not interpreted:
+        reasons.append(f"triton: runs on a GPU, got a tensor on {device}")
+    if dtype not in _DTYPES and not interpreted:  # float64 is for tests
+        reasons.append(f"triton: computes in float32, bfloat16 and float16, got {dtype}")
+    if hidden_size > _LARGEST_HIDDEN:
+        reasons.append(f"triton: takes H up to {_LARGEST_HIDDEN}, got {hidden_size}")
+    return reasons
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of inputs, weights and kept gates; states are at least float32."""
+    return dtype
+
+
+def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
+    """As many rows for every variant as the longest span may have: no one waits for the device to tell them."""
+    reference.check_positions(steps, swaps, ends, lengths)
+    return swaps.shape[0] * swaps.shape[1] * min(steps, longest or steps)
+
+
+def kept(
+    cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the outputs `gates`, the originals' before the spans', and `spans`, which holds states alone."""
+    from sire_fast.kernels import launch
+
+    return launch.kept(cell, steps, batch, hidden, span_rows, train, recompute)
+
+
+def forward(
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> None:
+    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
+    from sire_fast.kernels import launch
+
+    x, *_, swaps, ends, lengths = inputs
+    reference.check_positions(x.shape[0], swaps, ends, lengths)
+    if train and swaps.numel() and swaps.device.type == "cpu":
+        needed, rows = int((ends - swaps[..., 0]).max()) + 1, outputs[-1].shape[0] // swaps[..., 0].numel()
+        if rows < needed:
+            raise ValueError(f"longest: expected at least {needed}, the longest span, got {rows}")
+    launch.forward(cell, train, recompute, inputs, outputs)
+
+
+def backward(
+    cell: str,
+    arithmetic: str,
+    recompute: bool,
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
+    gradients and what follows them in its schema, x to spans."""
+    from sire_fast.kernels import launch
+
+    launch.backward(cell, recompute, inputs, gradients)

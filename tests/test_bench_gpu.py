@@ -1,0 +1,163 @@
+"""What bench.gpu does on a GPU, on the CPU: its check lets a right kernel pass and finds a wrong one, which is then not
+timed; its floor is the one computed by hand. Streams, graphs and events need a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sire_fast import functional
+from sire_fast.benchmark import CONTESTANTS, Setting
+from sire_fast.cells import CELLS
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from bench import gpu
+from bench.gpu import Case, Checked, Goal, Item
+
+SMALL = [case for case in gpu.CASES if case.T <= 20 and case.B < 20 and case.H <= 100]
+TINY = Setting("GRU", T=6, B=3, I=4, H=8, swaps="uniform:2", compare="end")
+
+
+@pytest.fixture(autouse=True)
+def _not_poisoned_yet():
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "tf32"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_right_kernel_passes(cell, arithmetic):
+    checked = gpu.check_cases(Checked("cpu", cell, arithmetic), SMALL, "cpu", 60)
+    assert (checked.failures, checked.passed, checked.skipped) == ([], len(SMALL), 0)
+    assert checked.correct
+    assert checked.why_not_timed() is None
+
+
+def test_the_cases_hold_what_users_have():
+    assert {case.H for case in gpu.CASES} == {7, 32, 64, 100, 128, 192, 256, 512}
+    assert {case.compare for case in gpu.CASES if case.ragged and case.recompute} == {"end", "swap"}
+    assert any(case.T == 1 and case.B == 1 for case in gpu.CASES)
+    assert any(case.swaps == "none" for case in gpu.CASES)
+    arguments = gpu.make("lstm", Case(9, 5, 4, "uniform:3", "swap", I=2, ragged=True), 0, torch.float32, "cpu")
+    i, j = arguments["swaps"].unbind(-1)
+    assert bool((j < arguments["lengths"][:, None]).all())
+    assert torch.equal(arguments["ends"], j)
+    assert i[0, 0] == j[0, 0]
+
+
+def wrong_gradient(result):
+    return result._replace(output=1.01 * result.output - 0.01 * result.output.detach())
+
+
+def unwritten_output(result):
+    return result._replace(variants=0 * result.variants + torch.empty_like(result.variants).nan_to_num(7.0))
+
+
+def moody(result):
+    return result._replace(h_n=result.h_n * (1 + 1e-7 * torch.rand(())))
+
+
+def shorter(result):
+    return result._replace(penalty=result.penalty[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("accident", "told"),
+    [
+        (wrong_gradient, "d_x_proj: error"),
+        (unwritten_output, "variants"),
+        (moody, "other bits"),
+        (shorter, "penalty: ex"),
+    ],
+)
+def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch, accident, told):
+    kernel = functional.swap_rnn
+    monkeypatch.setattr(functional, "swap_rnn", lambda *args, **kwargs: accident(kernel(*args, **kwargs)))
+    item = Item(TINY, "float32", ("kernel", "kernel plain", "plain"), (Goal(1.0, "plain"),))
+    checked = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32", passed=1)}
+    measured = gpu.time_item(item, ["cpu"], checked, 1)
+    assert not checked["cpu", "gru", "float32"].correct
+    assert any(told in failure for failure in checked["cpu", "gru", "float32"].failures)
+    assert measured["cpu"] == measured["cpu plain"] == "not timed: wrong"
+    assert len(measured["plain"]["step"]) == 1
+    (row,) = gpu.reached(item, ["cpu"], measured)
+    assert (row["reached"], row["measured"], row["why"]) == (False, None, "not timed: wrong")
+
+
+def test_what_a_kernel_raises_is_a_failure_and_what_it_refuses_is_none(monkeypatch):
+    refused = gpu.check_cases(Checked("cpu", "gru", "float16"), SMALL, "cpu", 60)
+    assert refused.correct
+    assert refused.why_not_timed().startswith("not available: cpu: computes in")
+    monkeypatch.setattr(functional, "swap_rnn", lambda *args, **kwargs: 1 / 0)
+    raised = gpu.check_cases(Checked("cpu", "gru", "float32"), SMALL[:1], "cpu", 60)
+    assert "ZeroDivisionError" in raised.failures[0]
+    late = gpu.check_cases(Checked("cpu", "gru", "float32"), SMALL, "cpu", -1)
+    assert (late.skipped, late.correct) == (len(SMALL), False)
+
+
+def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
+    monkeypatch.setitem(CONTESTANTS, "shared", CONTESTANTS["shared"]._replace(forward=lambda *_: 1 / 0))
+    measured = gpu.measure(Item(TINY, "float32", ()), ["plain", "shared", "reference"], seconds=0, rounds=5)
+    assert measured["shared"] == "failed: ZeroDivisionError: division by zero"
+    assert len(measured["plain"]["step"]) == len(measured["reference"]["forward"]) == gpu.FEWEST
+
+
+def test_the_floor_by_hand():
+    setting = Setting("LSTM", T=3, B=2, I=5, H=4, swaps="adjacent:all", compare="swap", dtype="bfloat16")
+    # rows: 3 * 2 originals and 2 * 2 variants of 2 steps, the first of which needs no product
+    flops = 2 * 4 * 4 * (5 * 6 + 4 * (6 + 4))
+    x, weights, states, output = 3 * 2 * 5, 16 * (5 + 4 + 2), (6 + 8) * 4 * 2, 3 * 2 * 4
+    forward = 2 * (x + weights + states)
+    step = forward + 2 * (x + weights + states + output + x + weights)
+    assert gpu.work(setting, True) == (flops, forward, 3 * flops, step)
+    assert gpu.work(setting, False)[:2] == (2 * 4 * 4 * (5 * 6 + 4 * 6), 2 * (x + weights + 6 * 4 * 2))
+    assert gpu.work(setting, True).floor(flops, 1e9) == {"forward": 1, "step": 3}
+    assert gpu.work(setting, True).floor(1e9, forward)["forward"] == 1
+
+
+def test_global_flags_are_restored():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for arithmetic, allowed in (("float32", False), ("tf32", True)):
+        with gpu._arithmetic(arithmetic), gpu._poisoned():
+            assert torch.empty(3).isnan().all()
+            assert torch.backends.cudnn.allow_tf32 == (torch.get_float32_matmul_precision() == "high") == allowed
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_everything_that_is_planned_can_run():
+    items = gpu.plan("cpu")
+    known = {*CONTESTANTS, "reference", "compiled", "kernel", "kernel plain"}
+    for item in items:
+        assert {*item.names} <= known
+        assert {goal.against for goal in item.goals} - {None} <= {*item.names}
+        assert {goal.ours for goal in item.goals} <= {*item.names}
+    assert {item.sweep for item in items} == {None, "B", "H", "T"}
+
+
+def test_a_whole_run(tmp_path, capfd):
+    options = argparse.Namespace(quick=True, only=None, cells=["lstm"], dtypes=["bfloat16"])
+    result = gpu.run("cpu", ["cpu"], options, tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["correct"]
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert [checked["failures"] for checked in result["checks"]] == [[]]
+    for point in result["times"]:
+        assert point["contestants"]["cpu plain"]["step"]["us_per_step"] > 0
+    told = gpu.report(result).splitlines()
+    assert told[-1] == "correct: true, failures: 0"
+    assert sum(line.startswith("cpu ") for line in told) == len(result["goals"]) > 5
+    assert capfd.readouterr().out == ""
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "no GPU" in err
