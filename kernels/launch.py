@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from sire_fast.kernels.cells import CELLS
-from sire_fast.kernels.swap_rnn import backward_kernel, forward_kernel, gather_kernel, weight_kernel
 from torch import Tensor
 
 from sire_fast.cells import CELLS as EQUATIONS
+from sire_fast.kernels.cells import CELLS
+from sire_fast.kernels.swap_rnn import backward_kernel, forward_kernel, gather_kernel, weight_kernel
 
 
 class Launch(NamedTuple):
@@ -106,7 +106,7 @@ class _Call(NamedTuple):
     S: int  # rows of `spans` for each variant
     how: Launch
     programs: int  # that run at once
-    precision: str
+    arithmetic: str
     wide: torch.dtype  # of states and sums
 
     @classmethod
@@ -120,10 +120,9 @@ class _Call(NamedTuple):
             capability, programs = 10 * device.major + device.minor, device.multi_processor_count
         else:  # interpreted, one program after the other
             capability, programs = 90, 1
-        taken = arithmetic(x.dtype)
-        how = launch(cell, H, taken, capability)
+        how = launch(cell, H, arithmetic(x.dtype), capability)
         wide = torch.promote_types(x.dtype, torch.float32)
-        return cls(cell, T, B, K, H, S, how, programs, taken if taken.startswith("tf32") else "ieee", wide)
+        return cls(cell, T, B, K, H, S, how, programs, arithmetic(x.dtype), wide)
 
     def states(self, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
         """Of h alone or of h and c."""
@@ -138,18 +137,26 @@ class _Call(NamedTuple):
         return self.T, self.B, self.K, self.H, self.S, N, V
 
     def constants(self) -> dict[str, Any]:
-        how = self.how
-        return {
-            "STEP": CELLS[self.cell].step,
-            "G": EQUATIONS[self.cell].gates,
-            "RESIDENT": how.resident,
-            "PRECISION": self.precision,
-            "R": how.rows,
-            "BH": how.block,
-            "BK": how.inner,
-            "num_warps": how.warps,
-            "num_stages": how.stages,
-        }
+        return constants(self.cell, self.how, self.arithmetic)
+
+
+def constants(cell: str, how: Launch, arithmetic: str) -> dict[str, Any]:
+    """What the two recurrent kernels are compiled for."""
+    return {
+        "STEP": CELLS[cell].step,
+        "G": EQUATIONS[cell].gates,
+        "RESIDENT": how.resident,
+        "PRECISION": _precision(arithmetic),
+        "R": how.rows,
+        "BH": how.block,
+        "BK": how.inner,
+        "num_warps": how.warps,
+        "num_stages": how.stages,
+    }
+
+
+def _precision(arithmetic: str) -> str:
+    return arithmetic if arithmetic.startswith("tf32") else "ieee"
 
 
 def kept(
@@ -222,7 +229,7 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
             dw, db = empty(_WEIGHT_PARTS * G * H, H, call.wide), empty(_WEIGHT_PARTS, G * H, call.wide)
             weight_kernel[(G * triton.cdiv(H, block), triton.cdiv(H, block), _WEIGHT_PARTS)](
                 start, tracks, spans, du, d_spans, swaps, ends, dw, db, T, B, K, H, S,
-                G=G, D=D, PRECISION=call.precision, BM=block, BN=block, BR=_WEIGHT_ROWS,
+                G=G, D=D, PRECISION=_precision(call.arithmetic), BM=block, BN=block, BR=_WEIGHT_ROWS,
             )  # fmt: skip
             _fill(dw_hh, lambda: dw.view(_WEIGHT_PARTS, G * H, H).sum(0))
             _fill(db_hh, lambda: db.sum(0))

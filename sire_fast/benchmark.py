@@ -37,7 +37,7 @@ from sire_fast.reference import with_variants
 from sire_fast.swaps import Sampler
 
 LAYERS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
-DTYPES = ("float32", "float64", "bfloat16")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 WARM_UP = 2  # rounds that are not counted
 
 _EQUATIONS = {nn.RNN: CELLS["rnn_tanh"], nn.GRU: CELLS["gru"], nn.LSTM: CELLS["lstm"]}

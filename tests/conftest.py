@@ -1,14 +1,35 @@
 """Every test starts from the same seed, in threads of torch's default number, with memory that nobody wrote filled
-with NaN: an output that a kernel leaves out cannot pass."""
+with NaN: an output that a kernel leaves out cannot pass. The Triton kernels are run by Triton's interpreter."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from sire_fast import cpu
+
+# Triton reads it when kernels are imported; outside the tests of that backend it would make "auto" choose it
+os.environ["TRITON_INTERPRET"] = "1"
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
+
+del os.environ["TRITON_INTERPRET"]
+
+_dot = InterpreterBuilder.create_dot
+
+
+def _dot_of_wide(self: InterpreterBuilder, a: Any, b: Any, *arguments: Any) -> Any:
+    """The interpreter multiplies bfloat16 as the integers that hold its bits."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+    return _dot(self, a, b, *arguments)
+
+
+InterpreterBuilder.create_dot = _dot_of_wide
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +40,13 @@ def _same_start() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    callspec = getattr(request.node, "callspec", None)
+    if callspec and "triton" in callspec.params.values():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

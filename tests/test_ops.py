@@ -19,36 +19,42 @@ from sire_fast.cells import CELLS
 KERNELS = [name for name in backends.BACKENDS if name != "reference"]
 
 
-@pytest.fixture(params=_C.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(params=["triton", *_C.instruction_sets()])
+def kernel(request: pytest.FixtureRequest) -> Any:
+    """Every backend, "cpu" with each instruction set."""
+    if request.param == "triton":
+        yield "triton"
+        return
     before = _C.instruction_set()
     _C.use_instruction_set(request.param)
-    yield request.param
+    yield "cpu"
     _C.use_instruction_set(before)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_float64(case: Case, backend: str, instruction_set: str) -> None:
+def test_float64(case: Case, kernel: str) -> None:
     arguments = make(case)
-    truth, ours = run(case.cell, arguments, "reference"), run(case.cell, arguments, backend)
+    truth, ours = run(case.cell, arguments, "reference"), run(case.cell, arguments, kernel)
     assert ours.keys() == truth.keys()
     for name, value in ours.items():
         assert error(value, truth[name]) < 1e-12, name
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_float32(case: Case, backend: str, instruction_set: str) -> None:
-    assert_as_good_as_reference(case.cell, make(case), torch.float32, backend)
+def test_float32(case: Case, kernel: str) -> None:
+    assert_as_good_as_reference(case.cell, make(case), torch.float32, kernel)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", KERNELS)
-def test_bfloat16(case: Case, backend: str, instruction_set: str) -> None:
+def test_bfloat16(case: Case, kernel: str) -> None:
     """The states stay float32 inside, so that the error is that of rounding what comes in and goes out, and of
     products of rounded factors; the reference rounds every step."""
-    assert_as_good_as_reference(case.cell, make(case), torch.bfloat16, backend)
+    assert_as_good_as_reference(case.cell, make(case), torch.bfloat16, kernel)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float16_on_gpus(case: Case) -> None:
+    assert_as_good_as_reference(case.cell, make(case), torch.float16, "triton")
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -86,7 +92,7 @@ def test_not_a_number_stays_one(cell: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("backend", ["cpu"])  # an interpreter takes too long for so many calls
 @pytest.mark.parametrize("wanted", [*oracle.TENSORS, "all"])
 def test_gradcheck(cell: str, backend: str, wanted: str) -> None:
     """Each tensor argument alone, so that no gradient is right only because another is computed too."""
@@ -113,7 +119,7 @@ def test_gradcheck(cell: str, backend: str, wanted: str) -> None:
 def test_opcheck(cell: str, backend: str) -> None:
     a = make(Case(cell, 4, 3, 3, 2, ragged=True, inputs=5))
     ends, lengths = reference.fill_defaults(a["x_proj"], a["swaps"], None, a["lengths"])
-    rows = ops.span_rows(4, a["swaps"], ends, lengths)
+    rows = ops.span_rows(backend, 4, a["swaps"], ends, lengths, None)
     settings, positions = (cell, backend, "float64", False), (a["swaps"], ends, lengths)
     tensors = [a[name] for name in oracle.TENSORS]
     torch.library.opcheck(torch.ops.sire_fast.swap_rnn.default, (*settings, *tensors, *positions, rows, True))
