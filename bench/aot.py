@@ -7,13 +7,14 @@ its chip or spills more than SPILL_LIMIT bytes.
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -80,18 +81,13 @@ class Usage(NamedTuple):
         return found
 
 
-def jobs(capabilities: Sequence[int], cells: Sequence[str]) -> Iterator[Job]:
+def jobs(capabilities: Sequence[int], cells: Sequence[str], sizes: Sequence[tuple[str, int]]) -> list[Job]:
     """Everything that the launcher may choose, each once: the largest H of those that are launched alike."""
     alike: dict[tuple[object, ...], Job] = {}
-    for capability in capabilities:
-        for cell in cells:
-            for arithmetic in ARITHMETIC:
-                for hidden in HIDDEN:
-                    how = launches.launch(cell, hidden, arithmetic, capability)
-                    for kernel in KERNELS:
-                        job = Job(capability, kernel, cell, arithmetic, hidden, how)
-                        alike[capability, kernel, cell, arithmetic, how] = job
-    yield from alike.values()
+    for capability, cell, (arithmetic, hidden), kernel in itertools.product(capabilities, cells, sizes, KERNELS):
+        how = launches.launch(cell, hidden, arithmetic, capability)
+        alike[capability, kernel, cell, arithmetic, how] = Job(capability, kernel, cell, arithmetic, hidden, how)
+    return [*alike.values()]
 
 
 def compiled(job: Job) -> Usage:
@@ -141,12 +137,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
     parser.add_argument("--cell", nargs="+", choices=[*CELLS], default=[*CELLS])
+    sizes = [f"{arithmetic}:{hidden}" for arithmetic in ARITHMETIC for hidden in HIDDEN]
+    parser.add_argument("--only", nargs="+", choices=sizes, default=sizes, metavar="ARITHMETIC:H")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.aot: TRITON_INTERPRET is set, under which nothing is compiled", file=sys.stderr)
         return 2
     failed = 0
-    todo = [*jobs(options.capability, options.cell)]
+    chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
+    todo = jobs(options.capability, options.cell, chosen)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         for n, (job, usage) in enumerate(zip(todo, pool.map(compiled, todo), strict=True), 1):
             complaints = "; ".join(usage.complaints(job.capability))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,8 +65,8 @@ def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
     size = {"float64": 8, "tf32x3": 8, "tf32": 4}.get(arithmetic, 2)
     weights, states = EQUATIONS[cell].gates * padded * padded * size, 16 * padded * 8
     if weights + states <= 1024 * SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY):
-        return Launch(16, True, padded, 32, 4 if padded <= 32 else 8, 1)
-    return Launch(16, False, 64, 64 if size == 2 else 32, 8, 2)
+        return Launch(16, True, padded, 16, 4 if padded <= 32 else 8, 1)
+    return Launch(16, False, 64, 64 if size == 2 else 16, 8, 3)
 
 
 # of the other kernels: a block of dW_hh, the rows that are summed at a time, and into how many parts
@@ -83,6 +84,7 @@ class Plan(NamedTuple):
     in_step: int
 
 
+@functools.lru_cache(1024)
 def plan(T: int, B: int, K: int, S: int, rows: int, programs: int) -> Plan:
     """The fewest steps behind each other where `programs` run at once; among equals the smallest programs."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from sire_fast import backends, cpu, functional
+from sire_fast import backends, cpu, functional, triton
 from sire_fast.cells import CELLS, States
 from sire_fast.reference import check_swaps, fill_defaults, with_variants
 from sire_fast.swaps import Adjacent, Sampler
@@ -79,7 +79,7 @@ class _SwapLayer(nn.RNNBase):
 
         Args:
             batch: asks about a pass without swaps (in evaluation, or of a plain layer) over so many sequences, which
-                torch's own layer may do faster.
+                torch's own layer may do faster on a CPU.
         """
         reasons = []
         if self.num_layers > 1:
@@ -89,10 +89,12 @@ class _SwapLayer(nn.RNNBase):
         if self.proj_size:
             reasons.append(f"proj_size={self.proj_size}: fused without a projection")
         reasons += backends.why_no_kernel(**self._call)
-        weight = self.weight_hh_l0
-        if not reasons and batch is not None and not backends.forced() and weight.device.type == "cpu":
-            call = {"cell": self._cell, "dtype": weight.dtype, "hidden_size": self.hidden_size}
-            reasons = cpu.slower_than_torch(**call, batch=batch)
+        if not reasons and not backends.forced():
+            call = self._call
+            if call.pop("device").type == "cuda":
+                reasons = triton.slower_than_torch(**call)
+            elif batch is not None:
+                reasons = cpu.slower_than_torch(**call, batch=batch)
         return reasons
 
     @property

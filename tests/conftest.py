@@ -17,6 +17,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
+import sire_fast.kernels.launch  # noqa: F401
+
 del os.environ["TRITON_INTERPRET"]
 
 _dot = InterpreterBuilder.create_dot

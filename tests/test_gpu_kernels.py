@@ -1,0 +1,130 @@
+"""The Triton kernels without a GPU: plans that the operator's tests do not reach, and what compiles ahead of time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from oracle import Case
+
+from sire_fast import backends, functional, swaps
+from sire_fast.cells import CELLS
+from sire_fast.kernels import launch
+from sire_fast.kernels.launch import Launch, Plan, plan
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def assert_right(case: Case) -> None:
+    arguments = oracle.make(case)
+    truth, ours = oracle.run(case.cell, arguments, "reference"), oracle.run(case.cell, arguments, "triton")
+    for name, value in ours.items():
+        assert oracle.error(value, truth[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("compare", ["end", "swap"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_that_stream(cell: str, compare: str, recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """H of three blocks, the last of them not full, and states that go through memory."""
+    monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 16, 16, 4, 1))
+    assert_right(Case(cell, 5, 3, 37, 2, ragged=True, compare=compare, recompute=recompute))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("chosen", [Plan(1, 0), Plan(3, 1), Plan(2, 4), Plan(1, 4)], ids=str)
+def test_any_plan_gives_the_same(chosen: Plan, streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variants in lock step, behind it in one or more dense passes, or some here and some there."""
+    monkeypatch.setattr(launch, "plan", lambda *_: chosen)
+    if streams:
+        monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 16, 16, 4, 1))
+    for cell in ("gru", "lstm"):
+        assert_right(Case(cell, 6, 5, 18, 7 if chosen.sequences == 3 else 4, ragged=True))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_variants_keep_no_more_than_the_longest_span(streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if streams:
+        monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 16, 16, 4, 1))
+    arguments = oracle.make(Case("lstm", 9, 3, 5, 6, compare="swap"))
+    arguments["swaps"] = swaps.Window(6, 2)(9, 3)
+    arguments["ends"] = arguments["swaps"][..., 1]
+    truth = oracle.run("lstm", arguments, "reference")
+    arguments["longest"] = 3
+    with torch.no_grad():
+        inference = functional.swap_rnn("lstm", **arguments, backend="triton")
+    torch.testing.assert_close(inference.penalty, truth["penalty"], rtol=1e-11, atol=1e-12)
+    with torch.enable_grad():
+        run = functional.swap_rnn("lstm", **arguments, backend="triton")
+    kept = next(t for t in run.output.grad_fn.saved_tensors if t.shape == (3 * 6 * 3, 2 * 5))
+    assert kept.isfinite().any()
+    arguments["longest"] = 2
+    with pytest.raises(ValueError, match="longest: expected at least 3, the longest span, got 2"):
+        functional.swap_rnn("lstm", **arguments, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        # T, B, K, S, rows, programs
+        ((100, 64, 0, 1, 16, 132), Plan(1, 0)),  # as many programs as there are sequences
+        ((100, 64, 8, 100, 16, 132), Plan(1, 8)),  # compared at the end: all in lock step
+        ((100, 64, 8, 2, 16, 132), Plan(1, 8)),
+        ((100, 512, 8, 2, 16, 132), Plan(4, 0)),  # compared at the swap, more sequences than processors
+        ((100, 64, 99, 2, 16, 132), Plan(1, 0)),
+    ],
+)
+def test_the_plan_with_the_fewest_steps(sizes: tuple[int, ...], expected: Plan) -> None:
+    assert plan(*sizes) == expected
+
+
+def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"cell": "gru", "device": "cpu", "hidden_size": 64}
+    assert not backends.why_not("triton", dtype=torch.float16, **call)
+    assert "H up to 1024" in backends.why_not("triton", dtype=torch.float16, **call | {"hidden_size": 1025})[0]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert backends.why_not("triton", dtype=torch.float32, **call) == ["triton: runs on a GPU, got a tensor on cpu"]
+    assert len(backends.why_not("triton", dtype=torch.float64, **call)) == 2
+
+
+def test_true_float32_unless_torch_allows_tf32() -> None:
+    assert launch.arithmetic(torch.float32) == "tf32x3"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launch.arithmetic(torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_kernels_compile_and_fit_without_a_gpu() -> None:
+    """The largest of those that keep the weights on chip, and one whose weights stream; bench.aot compiles them all."""
+    done = command(
+        "bench.aot", "--capability", "80", "90", "100", "--cell", "gru", "--only", "bfloat16:128", "tf32x3:512"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "18 of 18 fit" in done.stdout
+    assert "m16n8k16" in done.stdout
+
+
+def test_no_tuning_without_a_gpu() -> None:
+    done = command("bench.tune")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
