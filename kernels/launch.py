@@ -66,7 +66,7 @@ def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
     weights, states = EQUATIONS[cell].gates * padded * padded * size, 16 * padded * 8
     if weights + states <= 1024 * SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY):
         return Launch(16, True, padded, 16, 4 if padded <= 32 else 8, 1)
-    return Launch(16, False, 64, 64 if size == 2 else 16, 8, 3)
+    return Launch(16, False, 64, 64, 8, 2) if size == 2 else Launch(16, False, 64, 16, 8, 3)
 
 
 # of the other kernels: a block of dW_hh, the rows that are summed at a time, and into how many parts
