@@ -31,7 +31,7 @@ from sire_fast.kernels.launch import SHARED_MEMORY, Launch
 CAPABILITIES = (80, 90, 100)
 ARITHMETIC = {"tf32x3": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # and Triton's name of the dtype
 HIDDEN = (16, 32, 64, 128, 256, 512, 1024)
-KERNELS = ("forward", "backward", "recompute")
+KERNELS = ("forward", "backward", "recompute", "weights", "gather")
 SPILL_LIMIT = 128
 
 _OF_STATES = {
@@ -44,7 +44,7 @@ _OF_STATES = {
     "d_ended",
     "d_start",
 }  # tuples: of h, or h and c
-_WIDE = {"spans", "penalty", "d_penalty", "d_first", "carry", "dw", "db"}
+_WIDE = {"spans", "penalty", "d_penalty", "d_first", "carry", "dw", "db"}  # in the dtype of the states
 _POSITIONS = {"swaps", "ends", "lengths", "end_times", "end_order", "start_times", "start_order"}
 
 
@@ -86,22 +86,34 @@ def jobs(capabilities: Sequence[int], cells: Sequence[str], sizes: Sequence[tupl
     alike: dict[tuple[object, ...], Job] = {}
     for capability, cell, (arithmetic, hidden), kernel in itertools.product(capabilities, cells, sizes, KERNELS):
         how = launches.launch(cell, hidden, arithmetic, capability)
-        alike[capability, kernel, cell, arithmetic, how] = Job(capability, kernel, cell, arithmetic, hidden, how)
+        same: object = how
+        if kernel == "gather":
+            same = launches.gather_constants(cell, hidden, arithmetic)["BLOCK"]
+        elif kernel == "weights":
+            same = launches.weight_constants(cell, hidden, arithmetic)["BM"]
+        alike[capability, kernel, cell, arithmetic, same] = Job(capability, kernel, cell, arithmetic, hidden, how)
     return [*alike.values()]
 
 
 def compiled(job: Job) -> Usage:
     """What the compiled kernel uses."""
     cell, recompute = CELLS[job.cell], job.kernel == "recompute"
-    kernel = swap_rnn.forward_kernel if job.kernel == "forward" else swap_rnn.backward_kernel
-    constants = launches.constants(job.cell, job.how, job.arithmetic) | {
-        "KEPT": 0 if recompute else cell.kept,
-        "SPANS": True,
-        "GRADIENT": cell.backward,
-        "D": cell.gradients,
-        "RECOMPUTE": recompute,
-    }
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    if job.kernel == "weights":
+        kernel = swap_rnn.weight_kernel
+        constants = launches.weight_constants(job.cell, job.hidden, job.arithmetic)
+    elif job.kernel == "gather":
+        kernel = swap_rnn.gather_kernel
+        constants = launches.gather_constants(job.cell, job.hidden, job.arithmetic)
+    else:
+        kernel = swap_rnn.forward_kernel if job.kernel == "forward" else swap_rnn.backward_kernel
+        constants = launches.constants(job.cell, job.how, job.arithmetic) | {
+            "KEPT": 0 if recompute else cell.kept,
+            "SPANS": True,
+            "GRADIENT": cell.backward,
+            "D": cell.gradients,
+            "RECOMPUTE": recompute,
+        }
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     dtype, states = ARITHMETIC[job.arithmetic], EQUATIONS[job.cell].states
     signature: dict[str, object] = {}
     aligned = [["tt.divisibility", 16]]

@@ -69,9 +69,7 @@ def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
     return Launch(16, False, 64, 64, 8, 2) if size == 2 else Launch(16, False, 64, 16, 8, 3)
 
 
-# of the other kernels: a block of dW_hh, the rows that are summed at a time, and into how many parts
-_WEIGHT_BLOCK, _WEIGHT_ROWS, _WEIGHT_PARTS = 64, 64, 16
-_GATHER_BLOCK = 1024
+_PARTS = 16  # of dW_hh, which are summed side by side
 
 
 class Plan(NamedTuple):
@@ -157,6 +155,23 @@ def constants(cell: str, how: Launch, arithmetic: str) -> dict[str, Any]:
     }
 
 
+def weight_constants(cell: str, hidden: int, arithmetic: str) -> dict[str, Any]:
+    """What weight_kernel is compiled for."""
+    block = min(64, max(16, triton.next_power_of_2(hidden)))
+    sizes = {"BM": block, "BN": block, "BR": 32 if arithmetic.startswith("tf32") else 64}
+    return {**_gradients(cell), "PRECISION": _precision(arithmetic), **sizes}
+
+
+def gather_constants(cell: str, hidden: int, arithmetic: str) -> dict[str, Any]:
+    """What gather_kernel is compiled for."""
+    wide = tl.float64 if arithmetic == "float64" else tl.float32
+    return {**_gradients(cell), "WIDE": wide, "BLOCK": min(1024, triton.next_power_of_2(hidden))}
+
+
+def _gradients(cell: str) -> dict[str, int]:
+    return {"G": EQUATIONS[cell].gates, "D": CELLS[cell].gradients}
+
+
 def _precision(arithmetic: str) -> str:
     return arithmetic if arithmetic.startswith("tf32") else "ieee"
 
@@ -227,19 +242,18 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
             **call.constants(),
         )  # fmt: skip
         if dw_hh is not None or db_hh is not None:
-            block = min(_WEIGHT_BLOCK, max(16, triton.next_power_of_2(H)))
-            dw, db = empty(_WEIGHT_PARTS * G * H, H, call.wide), empty(_WEIGHT_PARTS, G * H, call.wide)
-            weight_kernel[(G * triton.cdiv(H, block), triton.cdiv(H, block), _WEIGHT_PARTS)](
-                start, tracks, spans, du, d_spans, swaps, ends, dw, db, T, B, K, H, S,
-                G=G, D=D, PRECISION=_precision(call.arithmetic), BM=block, BN=block, BR=_WEIGHT_ROWS,
-            )  # fmt: skip
-            _fill(dw_hh, lambda: dw.view(_WEIGHT_PARTS, G * H, H).sum(0))
+            compiled_for = weight_constants(cell, H, call.arithmetic)
+            blocks = triton.cdiv(H, compiled_for["BM"])
+            dw, db = empty(_PARTS * G * H, H, call.wide), empty(_PARTS, G * H, call.wide)
+            weight_kernel[(G * blocks, blocks, _PARTS)](
+                start, tracks, spans, du, d_spans, swaps, ends, dw, db, T, B, K, H, S, **compiled_for
+            )
+            _fill(dw_hh, lambda: dw.view(_PARTS, G * H, H).sum(0))
             _fill(db_hh, lambda: db.sum(0))
         if K and not (dx is dw_ih is db_ih is None):
-            block = min(_GATHER_BLOCK, triton.next_power_of_2(H))
-            gather_kernel[(T * B, triton.cdiv(H, block))](
-                d_spans, swaps, ends, dx_proj, B, K, H, S, WIDE=_WIDE[call.wide], G=G, D=D, BLOCK=block
-            )
+            compiled_for = gather_constants(cell, H, call.arithmetic)
+            grid = T * B, triton.cdiv(H, compiled_for["BLOCK"])
+            gather_kernel[grid](d_spans, swaps, ends, dx_proj, B, K, H, S, **compiled_for)
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         _fill(gradient, lambda found=found: found)
     if w_ih is None:
@@ -248,9 +262,6 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
         _fill(dx, lambda: (dx_proj @ w_ih).view(T, B, -1))
         _fill(dw_ih, lambda: dx_proj.t() @ x.flatten(0, 1))
         _fill(db_ih, lambda: dx_proj.sum(0))
-
-
-_WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def _fill(gradient: Tensor | None, found: Callable[[], Tensor]) -> None:
