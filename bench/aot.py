@@ -1,7 +1,8 @@
 """Compiles every kernel that may be launched for GPUs that need not be there: `python -m bench.aot`.
 
-Prints registers, spills, shared memory and matrix instructions of each, and ends with exit code 1 if one does not fit
-its chip or spills more than SPILL_LIMIT bytes.
+The launcher is called as for a real pass, and what it would launch is compiled. Prints registers, spills, shared memory
+and matrix instructions of each, and ends with exit code 1 if one does not fit its chip or spills more than SPILL_LIMIT
+bytes.
 """
 
 from __future__ import annotations
@@ -16,43 +17,29 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from sire_fast.cells import CELLS as EQUATIONS
+from sire_fast import triton as backend
+from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
-from sire_fast.kernels import swap_rnn
-from sire_fast.kernels.cells import CELLS
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
 
 CAPABILITIES = (80, 90, 100)
-ARITHMETIC = {"tf32x3": "fp32", "tf32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # and Triton's name of the dtype
+ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HIDDEN = (16, 32, 64, 128, 256, 512, 1024)
-KERNELS = ("forward", "backward", "recompute", "weights", "gather")
 SPILL_LIMIT = 128
-
-_OF_STATES = {
-    "start",
-    "tracks",
-    "last",
-    "ended",
-    "d_tracks",
-    "d_last",
-    "d_ended",
-    "d_start",
-}  # tuples: of h, or h and c
-_WIDE = {"spans", "penalty", "d_penalty", "d_first", "carry", "dw", "db"}  # in the dtype of the states
-_POSITIONS = {"swaps", "ends", "lengths", "end_times", "end_order", "start_times", "start_order"}
 
 
 class Job(NamedTuple):
-    """A kernel, and what it is compiled for. H stands for all that are launched alike."""
+    """A pass and its gradient on a chip. H stands for all that are launched alike."""
 
     capability: int
-    kernel: str
     cell: str
     arithmetic: str
     hidden: int
@@ -60,13 +47,12 @@ class Job(NamedTuple):
 
     def __str__(self) -> str:
         plan = "resident" if self.how.resident else f"streams {self.how.block}x{self.how.inner}"
-        return (
-            f"sm_{self.capability} {self.kernel:9} {self.cell:8} {self.arithmetic:8} H<={self.hidden:<4} {plan:13} "
-            f"rows {self.how.rows} warps {self.how.warps} stages {self.how.stages}"
-        )
+        sizes = f"rows {self.how.rows} warps {self.how.warps} stages {self.how.stages}"
+        return f"sm_{self.capability} {self.cell:8} {self.arithmetic:8} H<={self.hidden:<4} {plan:13} {sizes}"
 
 
 class Usage(NamedTuple):
+    kernel: str
     registers: int
     spilled: int  # bytes of a thread
     shared: int  # bytes of a block
@@ -75,74 +61,75 @@ class Usage(NamedTuple):
     def complaints(self, capability: int) -> list[str]:
         found = []
         if self.spilled > SPILL_LIMIT:
-            found.append(f"spills {self.spilled} bytes, more than {SPILL_LIMIT}")
+            found.append(f"spills more than {SPILL_LIMIT} bytes")
         if self.shared > 1024 * SHARED_MEMORY[capability]:
-            found.append(f"needs {self.shared >> 10} KiB of shared memory, has {SHARED_MEMORY[capability]}")
+            found.append(f"does not fit {SHARED_MEMORY[capability]} KiB")
         return found
 
 
 def jobs(capabilities: Sequence[int], cells: Sequence[str], sizes: Sequence[tuple[str, int]]) -> list[Job]:
     """Everything that the launcher may choose, each once: the largest H of those that are launched alike."""
     alike: dict[tuple[object, ...], Job] = {}
-    for capability, cell, (arithmetic, hidden), kernel in itertools.product(capabilities, cells, sizes, KERNELS):
+    for capability, cell, (arithmetic, hidden) in itertools.product(capabilities, cells, sizes):
         how = launches.launch(cell, hidden, arithmetic, capability)
-        same: object = how
-        if kernel == "gather":
-            same = launches.gather_constants(cell, hidden, arithmetic)["BLOCK"]
-        elif kernel == "weights":
-            same = launches.weight_constants(cell, hidden, arithmetic)["BM"]
-        alike[capability, kernel, cell, arithmetic, same] = Job(capability, kernel, cell, arithmetic, hidden, how)
+        alike[capability, cell, arithmetic, how] = Job(capability, cell, arithmetic, hidden, how)
     return [*alike.values()]
 
 
-def compiled(job: Job) -> Usage:
-    """What the compiled kernel uses."""
-    cell, recompute = CELLS[job.cell], job.kernel == "recompute"
-    if job.kernel == "weights":
-        kernel = swap_rnn.weight_kernel
-        constants = launches.weight_constants(job.cell, job.hidden, job.arithmetic)
-    elif job.kernel == "gather":
-        kernel = swap_rnn.gather_kernel
-        constants = launches.gather_constants(job.cell, job.hidden, job.arithmetic)
-    else:
-        kernel = swap_rnn.forward_kernel if job.kernel == "forward" else swap_rnn.backward_kernel
-        constants = launches.constants(job.cell, job.how, job.arithmetic) | {
-            "KEPT": 0 if recompute else cell.kept,
-            "SPANS": True,
-            "GRADIENT": cell.backward,
-            "D": cell.gradients,
-            "RECOMPUTE": recompute,
-        }
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
-    dtype, states = ARITHMETIC[job.arithmetic], EQUATIONS[job.cell].states
-    signature: dict[str, object] = {}
-    aligned = [["tt.divisibility", 16]]
-    attributes = {}
-    for n, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in _OF_STATES:
-            signature[name] = ("*fp32",) * states
-            attributes |= {(n, state): aligned for state in range(states)}
-        elif len(name) == 1:  # a size
-            signature[name] = "i32"
-            if name == "H":
-                attributes[n,] = aligned
-        else:
-            signature[name] = "*i64" if name in _POSITIONS else "*fp32" if name in _WIDE else f"*{dtype}"
-            attributes[n,] = aligned
-    source = ASTSource(kernel, signature, {n: c for n, c in constants.items() if n in signature}, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options=options)
+def compiled(job: Job) -> list[Usage]:
+    """What the kernels of a training pass use, with gates kept and with gates computed again."""
+    target = GPUTarget("cuda", job.capability, 32)
+    triton.runtime.driver.set_active(
+        SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
+    )
+    binaries: dict[str, Any] = {}
+    compile_only = JITFunction.run
+
+    def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        name = kernel.__name__.removesuffix("_kernel") + " again" * constants.get("RECOMPUTE", False)
+        binaries[name] = compile_only(kernel, *arguments, grid=grid, warmup=True, **constants)
+
+    JITFunction.run = run  # type: ignore[method-assign]
+    launches.chip = lambda _: (job.capability, 1)
+    torch.set_float32_matmul_precision("high" if job.arithmetic == "tf32" else "highest")
+    for recompute in (False, True):
+        train(job.cell, job.hidden, ARITHMETIC[job.arithmetic], recompute)
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    return [usage(name, binary) for name, binary in binaries.items()]
+
+
+def train(cell: str, hidden: int, dtype: torch.dtype, recompute: bool) -> None:
+    """Ask the launcher for a pass and its gradient; nothing is computed."""
+    T, B, K = 4, 2, 2
+    wide = torch.float32
+    gates, spans = backend.kept(cell, T, B, hidden, B * K * T, True, recompute)
+    width = CELLS[cell].gates * hidden
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype)
+
+    h, c = empty(B, hidden), empty(B, hidden) if CELLS[cell].states == 2 else None
+    swaps, lengths = torch.zeros(B, K, 2, dtype=torch.int64), torch.full((B,), T)
+    inputs = [empty(T, B, width), None, None, empty(width, hidden), empty(width), h, c, swaps, swaps[..., 1], lengths]
+    track, last, ended = (empty(*size, hidden, dtype=wide) for size in ((T, B), (B,), (B, K)))
+    penalty = empty(B, K, dtype=wide)
+    kept = empty(*gates), empty(*spans, dtype=wide)
+    launches.forward(cell, True, recompute, inputs, [track, last, last, ended, penalty, track, ended, *kept])
+    grads = [track, last, last, ended, penalty, track, ended]
+    wanted = [torch.empty_like(t) if t is not None else None for t in inputs[:7]]
+    launches.backward(cell, recompute, [*grads, *inputs, track, track, *kept], wanted)
+
+
+def usage(name: str, binary: Any) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
         dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         told = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    used = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+    used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
     instructions = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*\.(m\d+n\d+k\d+\S*)", binary.asm["ptx"])
-    return Usage(
-        used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared, " ".join(sorted({*instructions})) or "none"
-    )
+    matrix = " ".join(sorted({*instructions})) or "no matrices"
+    return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared, matrix)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -155,17 +142,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.aot: TRITON_INTERPRET is set, under which nothing is compiled", file=sys.stderr)
         return 2
-    failed = 0
     chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
     todo = jobs(options.capability, options.cell, chosen)
+    kernels = failed = 0
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for n, (job, usage) in enumerate(zip(todo, pool.map(compiled, todo), strict=True), 1):
-            complaints = "; ".join(usage.complaints(job.capability))
-            failed += bool(complaints)
-            told = f"{usage.registers:3} registers, {usage.spilled:3} bytes spilled, {usage.shared >> 10:3} KiB"
-            verdict = f" FAILS: {complaints}" if complaints else ""
-            print(f"{n:3}/{len(todo)} {job}: {told}, {usage.instructions}{verdict}", flush=True)
-    print(f"{len(todo) - failed} of {len(todo)} fit")
+        for n, (job, used) in enumerate(zip(todo, pool.map(compiled, todo), strict=True), 1):
+            print(f"{n}/{len(todo)} {job}")
+            for each in used:
+                complaints = ", ".join(each.complaints(job.capability))
+                kernels, failed = kernels + 1, failed + bool(complaints)
+                told = f"{each.registers:3} registers, {each.spilled:3} bytes spilled, {each.shared >> 10:3} KiB shared"
+                verdict = f" FAILS: {complaints}" if complaints else ""
+                print(f"    {each.kernel:14} {told}, {each.instructions}{verdict}", flush=True)
+    print(f"{kernels - failed} of {kernels} kernels fit")
     return 1 if failed else 0
 
 

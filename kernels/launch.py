@@ -115,11 +115,7 @@ class _Call(NamedTuple):
         (T, B, _), K, H = x.shape, swaps.shape[1], h0.shape[1]
         # kept or not, at least the state before a step and that after it
         S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
-        if x.is_cuda:
-            device = torch.cuda.get_device_properties(x.device)
-            capability, programs = 10 * device.major + device.minor, device.multi_processor_count
-        else:  # interpreted, one program after the other
-            capability, programs = 90, 1
+        capability, programs = chip(x.device)
         how = launch(cell, H, arithmetic(x.dtype), capability)
         wide = torch.promote_types(x.dtype, torch.float32)
         return cls(cell, T, B, K, H, S, how, programs, arithmetic(x.dtype), wide)
@@ -138,6 +134,14 @@ class _Call(NamedTuple):
 
     def constants(self) -> dict[str, Any]:
         return constants(self.cell, self.how, self.arithmetic)
+
+
+def chip(device: torch.device) -> tuple[int, int]:
+    """Capability of a GPU, and how many programs it runs at once."""
+    if device.type != "cuda":  # interpreted, one program after the other
+        return 90, 1
+    found = torch.cuda.get_device_properties(device)
+    return 10 * found.major + found.minor, found.multi_processor_count
 
 
 def constants(cell: str, how: Launch, arithmetic: str) -> dict[str, Any]:

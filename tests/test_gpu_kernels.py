@@ -120,7 +120,7 @@ def test_kernels_compile_and_fit_without_a_gpu() -> None:
         "bench.aot", "--capability", "80", "90", "100", "--cell", "gru", "--only", "bfloat16:128", "tf32x3:512"
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "30 of 30 fit" in done.stdout
+    assert "30 of 30 kernels fit" in done.stdout
     assert "m16n8k16" in done.stdout
 
 
