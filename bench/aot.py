@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -132,6 +132,13 @@ def usage(name: str, binary: Any) -> Usage:
     return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared, matrix)
 
 
+def _compiled_all(todo: Sequence[Job]) -> Iterator[list[Usage]]:
+    """In processes of their own for each capability: within one, Triton keeps to the first that it compiles for."""
+    for _, alike in itertools.groupby(todo, lambda job: job.capability):
+        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(compiled, alike)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
@@ -145,15 +152,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
     todo = jobs(options.capability, options.cell, chosen)
     kernels = failed = 0
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        for n, (job, used) in enumerate(zip(todo, pool.map(compiled, todo), strict=True), 1):
-            print(f"{n}/{len(todo)} {job}")
-            for each in used:
-                complaints = ", ".join(each.complaints(job.capability))
-                kernels, failed = kernels + 1, failed + bool(complaints)
-                told = f"{each.registers:3} registers, {each.spilled:3} bytes spilled, {each.shared >> 10:3} KiB shared"
-                verdict = f" FAILS: {complaints}" if complaints else ""
-                print(f"    {each.kernel:14} {told}, {each.instructions}{verdict}", flush=True)
+    for n, (job, used) in enumerate(zip(todo, _compiled_all(todo), strict=True), 1):
+        print(f"{n}/{len(todo)} {job}")
+        for each in used:
+            complaints = ", ".join(each.complaints(job.capability))
+            kernels, failed = kernels + 1, failed + bool(complaints)
+            told = f"{each.registers:3} registers, {each.spilled:3} bytes spilled, {each.shared >> 10:3} KiB shared"
+            verdict = f" FAILS: {complaints}" if complaints else ""
+            print(f"    {each.kernel:14} {told}, {each.instructions}{verdict}", flush=True)
     print(f"{kernels - failed} of {kernels} kernels fit")
     return 1 if failed else 0
 
