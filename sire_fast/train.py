@@ -8,6 +8,9 @@ A run is a directory:
     curves.png      the history as a picture
 
 The same settings give the same model, bit for bit, whether or not the run was interrupted and resumed.
+
+In a group of processes (torch.distributed) each takes its part of every batch and draws its own swaps; the first of them
+writes the files.
 """
 
 from __future__ import annotations
@@ -19,14 +22,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import sire_fast
 from sire_fast import benchmark, swaps
@@ -46,6 +50,7 @@ _TEST_SEED, _VALIDATION_SEED = 1 << 40, 1 << 41
 _TEST_SEQUENCES, _VALIDATION_SEQUENCES, _REORDERED_SEQUENCES = 1000, 100, 100
 
 Report = Callable[[int, float, float], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Config:
         compare: "end" or "swap", see sire_fast.RNN.
         weight: factor of the penalty.
         steps: number of optimiser steps.
-        batch: sequences in a step.
+        batch: sequences in a step, of all processes together.
         lr: learning rate of Adam.
         examples: size of the training set, shared out evenly among the training lengths; 0 for new sequences at
             every step.
@@ -135,6 +140,31 @@ class Model(nn.Module):
         return self.head(output[-1])
 
 
+def place() -> tuple[int, int]:
+    """This process's number, from 0, and the number of processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def by_first(action: Callable[[], Result]) -> Result:
+    """Run something in the first process alone; what it returns or raises there, it returns or raises in all."""
+    rank, processes = place()
+    if processes == 1:
+        return action()
+    outcome: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            outcome[0] = action()
+        except BaseException as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome)
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result
+
+
 def claim(directory: Path, force: bool = False) -> None:
     """Make a directory, and nobody else's run in it, ready for a new run.
 
@@ -158,15 +188,25 @@ class Run:
         directory: where the run's files go, see `claim`.
 
     Torch's own random numbers are seeded: swaps are drawn from them.
+
+    Raises:
+        ValueError: the processes cannot share a batch evenly.
     """
 
     def __init__(self, config: Config, directory: Path) -> None:
         self.config, self.directory = config, directory
+        self.rank, self.processes = place()
+        if config.batch % self.processes:
+            raise ValueError(f"batch: expected a multiple of {self.processes}, the processes, got {config.batch}")
         self.task = TASKS[config.task]
         torch.manual_seed(config.seed)
         self.data = torch.Generator().manual_seed(int(torch.randint(1 << 40, ())))
         self.model = Model(config).to(config.device)
+        self.shared: nn.Module = self.model  # called by this name, it gets gradients that are means over all processes
+        if self.processes > 1:
+            self.shared = DistributedDataParallel(self.model, broadcast_buffers=False)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.trained_by = self.processes
         self.step = 0
         self.seconds = 0.0
         self.sums = [0.0, 0.0, 0]  # loss, penalty and number of steps since the last line of the history
@@ -175,22 +215,25 @@ class Run:
         share, rest = divmod(config.examples, len(lengths))
         counts = [share + (n < rest) for n in range(len(lengths))]
         self.examples = [self.task.sample(*size, self.data) for size in zip(lengths, counts, strict=True) if share]
+        if self.rank:  # swaps of its own, from the one seed
+            torch.manual_seed(int(torch.randint(1 << 40, (self.rank,))[-1]))
 
     def advance(self) -> tuple[float, float]:
-        """One step of the optimiser; returns the task's loss and the penalty before it.
+        """One step of the optimiser; returns the task's loss and the penalty before it, means over all processes.
 
         Raises:
             FloatingPointError: the loss is no longer finite. The model is still that of the step before.
         """
         began = time.perf_counter()
-        x, y = (t.to(self.config.device) for t in self._batch())
-        self.model.train()
-        task_loss = self.task.loss(self.model(x), y)
+        x, y = (t[..., self.rank :: self.processes].to(self.config.device) for t in self._batch())
+        self.shared.train()
+        task_loss = self.task.loss(self.shared(x), y)
         penalty = sire_fast.penalty(self.model) if self.model.layer.swaps else torch.zeros(())
         loss = task_loss + self.config.weight * penalty
-        values = task_loss.item(), penalty.item()
+        values = self._mean(task_loss.item(), penalty.item())
         if not math.isfinite(sum(values)):
-            raise FloatingPointError(f"the loss is {loss.item()} after step {self.step}; a smaller lr may help")
+            value = values[0] + self.config.weight * values[1]
+            raise FloatingPointError(f"the loss is {value} after step {self.step}; a smaller lr may help")
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -200,7 +243,16 @@ class Run:
         self.seconds += time.perf_counter() - began
         return values
 
+    def _mean(self, *values: float) -> tuple[float, ...]:
+        """The mean of each value over all processes."""
+        if self.processes == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=self.config.device)
+        distributed.all_reduce(total)
+        return tuple((total / self.processes).tolist())
+
     def _batch(self) -> tuple[Tensor, Tensor]:
+        """The sequences of a step and their right answers, of all processes."""
         n = int(torch.randint(len(self.task.train_lengths), (), generator=self.data))
         if not self.examples:
             return self.task.sample(self.task.train_lengths[n], self.config.batch, self.data)
@@ -226,6 +278,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint."""
         cuda = self.model.features.is_cuda
+        random = [torch.get_rng_state(), torch.cuda.get_rng_state(self.config.device) if cuda else None]
         state = {
             "config": asdict(self.config),
             "model": self.model.state_dict(),
@@ -234,14 +287,23 @@ class Run:
             "seconds": self.seconds,
             "sums": self.sums,
             "data": self.data.get_state(),
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.config.device) if cuda else None,
+            "random": self._of_all(random),
         }
-        write(self.directory / CHECKPOINT, lambda temporary: torch.save(state, temporary))
+        by_first(lambda: write(self.directory / CHECKPOINT, lambda temporary: torch.save(state, temporary)))
+
+    def _of_all(self, value: Any) -> list[Any]:
+        """The value of each process."""
+        values = [value] * self.processes
+        if self.processes > 1:
+            distributed.all_gather_object(values, value)
+        return values
 
     @classmethod
     def load(cls, directory: Path, device: str | None = None) -> Run:
         """The run whose checkpoint lies in a directory, on its own device or on another.
+
+        It goes on as if it had not stopped where as many processes train it as before, `trained_by`; others would
+        begin with new swaps.
 
         Raises:
             ValueError: there is no checkpoint, or it cannot be used.
@@ -257,9 +319,12 @@ class Run:
             run.optimiser.load_state_dict(state["optimiser"])
             run.step, run.seconds, run.sums = state["step"], state["seconds"], state["sums"]
             run.data.set_state(state["data"])
-            torch.set_rng_state(state["random"])
-            if state["cuda_random"] is not None and device is None:
-                torch.cuda.set_rng_state(state["cuda_random"], run.config.device)
+            run.trained_by = len(state["random"])
+            if run.trained_by == run.processes:
+                random, cuda_random = state["random"][run.rank]
+                torch.set_rng_state(random)
+                if cuda_random is not None and device is None:
+                    torch.cuda.set_rng_state(cuda_random, run.config.device)
             if (directory / HISTORY).exists():
                 lines = map(json.loads, (directory / HISTORY).read_text().splitlines())
                 run.history = [line for line in lines if line["step"] <= run.step]
@@ -283,21 +348,27 @@ class Run:
         """
         # after an interruption the file may hold lines from beyond the checkpoint
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write(self.directory / HISTORY, lambda temporary: temporary.write_text(lines))
+        by_first(lambda: write(self.directory / HISTORY, lambda temporary: temporary.write_text(lines)))
         every = math.ceil(self.config.steps / RECORDS)
         with _interrupts_held() as interrupted:
             while self.step < self.config.steps:
                 loss, penalty = self.advance()
                 if report:
                     report(self.step, loss, penalty)
+                stop = any(self._mean(interrupted()))  # Ctrl-C may reach processes at different steps
                 due = self.step % every == 0 or self.step == self.config.steps
                 if due:
-                    self.record()
-                if due or interrupted():
+                    by_first(self.record)
+                if due or stop:
                     self.save()
-                if interrupted():
+                if stop:
                     raise KeyboardInterrupt
+        # here Ctrl-C stops the first process at once, and the others, which wait, learn of it from there
+        with _interrupts_held() if self.rank else nullcontext():
+            return by_first(self._finish)
 
+    def _finish(self) -> dict[str, Any]:
+        """Measure the model and write the result."""
         result = {
             "task": self.config.task,
             "config": asdict(self.config),

@@ -333,6 +333,7 @@ def test_says_why_it_is_not_fused() -> None:
         "bidirectional=True",
         "proj_size=3",
         "cpu",
+        "triton",
     ]
     with backends.use("reference"):
         assert sire_fast.GRU(4, 6).half().why_not_fused() == []
