@@ -19,13 +19,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as Bar
 from rich.table import Column, Table
+from torch import distributed
 
 import sire_fast
 from sire_fast import backends, benchmark, cpu
 from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
 from sire_fast.cells import CELLS
 from sire_fast.tasks import TASKS
-from sire_fast.train import LAYERS, Config, Run, claim, evaluate, write
+from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, write
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
@@ -46,16 +47,36 @@ app = typer.Typer(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv by default) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     try:
+        if by_torchrun:
+            _join_group()
+            if arguments[:1] != ["train"]:
+                raise _UsageError(f"torchrun: expected the command train, got {' '.join(arguments[:1]) or 'none'}")
         return app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
     except _UsageError as error:
         _complain(error.format_message())
         return 2
-    except (ArithmeticError, MemoryError, OSError, RuntimeError) as error:
+    except (ArithmeticError, OSError) as error:
         _complain(error)
+        return 1
+    except (MemoryError, RuntimeError) as error:  # it may have struck this process alone
+        print(_line(error), file=sys.stderr)
         return 1
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    finally:
+        if by_torchrun and distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _join_group() -> None:
+    """Make one group of the processes that torchrun has started; the first of them speaks for all."""
+    gpu = int(os.environ["LOCAL_RANK"])
+    if gpu < torch.cuda.device_count():
+        torch.cuda.set_device(gpu)  # the device "cuda" of this process
+    distributed.init_process_group()
+    _console.quiet = distributed.get_rank() > 0
 
 
 @app.command("train")
@@ -85,7 +106,10 @@ def train_command(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that the directory holds.")] = False,
 ) -> None:
-    """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt."""
+    """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt.
+
+    torchrun --nproc-per-node N -m sire_fast train ... splits every batch among N processes.
+    """
     with _bad_input():
         if resume:
             chosen = Run.load(resume)
@@ -94,7 +118,7 @@ def train_command(
             config = Config(**{field.name: context.params[field.name] for field in fields(Config)})
             out = out or Path("runs", task)
             chosen = Run(config, out)
-            claim(out, force)
+            by_first(lambda: claim(out, force))
     try:
         with _progress() as progress:
             result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)
@@ -326,6 +350,9 @@ def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
     further = [f"--{name}" for name in given if name not in ("task", "resume")]
     if further:
         raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")
+    if chosen.processes != chosen.trained_by:
+        expected = f"expected {chosen.trained_by} processes, with which the run was started"
+        raise ValueError(f"torchrun: {expected}, got {chosen.processes}")
 
 
 def _check_file(path: Path) -> None:
@@ -344,5 +371,9 @@ def _bad_input() -> Iterator[None]:
 
 
 def _complain(message: object) -> None:
-    line = next(iter(str(message).splitlines()), type(message).__name__)
-    print(f"sire-fast: {line}", file=sys.stderr)
+    """Tell, once, what all processes know."""
+    by_first(lambda: print(_line(message), file=sys.stderr))
+
+
+def _line(message: object) -> str:
+    return f"sire-fast: {next(iter(str(message).splitlines()), type(message).__name__)}"

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from sire_fast import backends, cpu, functional, triton
 from sire_fast.cells import CELLS, States
-from sire_fast.reference import check_swaps, fill_defaults, with_variants
+from sire_fast.reference import SwapRNN, check_lengths, check_swaps, fill_defaults, with_variants
 from sire_fast.swaps import Adjacent, Sampler
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
@@ -74,27 +74,33 @@ class _SwapLayer(nn.RNNBase):
         return {**super().__getstate__(), "_last": None}
 
     def why_not_fused(self, batch: int | None = None) -> list[str]:
-        """The reasons why this layer runs torch's own layer, on the stacked variants in training, and not a fused
-        kernel; none if it runs the kernel.
+        """The reasons why this layer runs torch's own layer, or all steps of the stacked variants, in training, and not
+        a fused kernel over what the variants change; none if it does.
 
         Args:
             batch: asks about a pass without swaps (in evaluation, or of a plain layer) over so many sequences, which
                 torch's own layer may do faster on a CPU.
         """
+        return self._why_not_fused(batch is None and self.swaps is not None, batch)
+
+    def _why_not_fused(self, swapping: bool, batch: int | None) -> list[str]:
         reasons = []
-        if self.num_layers > 1:
-            reasons.append(f"num_layers={self.num_layers}: fused for one layer")
-        if self.bidirectional:
-            reasons.append("bidirectional=True: fused for one direction")
         if self.proj_size:
             reasons.append(f"proj_size={self.proj_size}: fused without a projection")
-        reasons += backends.why_no_kernel(**self._call)
-        if not reasons and not backends.forced():
-            call = self._call
-            if call.pop("device").type == "cuda":
-                reasons = triton.slower_than_torch(**call)
-            elif batch is not None:
-                reasons = cpu.slower_than_torch(**call, batch=batch)
+        if swapping and self.num_layers > 1 and self.bidirectional:
+            reasons.append("num_layers > 1 with bidirectional=True: a swap changes every input of the second layer")
+        reasons += self._why_no_kernel()
+        if not reasons and batch is not None and not backends.forced() and self.weight_hh_l0.device.type == "cpu":
+            weight = self.weight_hh_l0
+            call = {"cell": self._cell, "dtype": weight.dtype, "hidden_size": self.hidden_size}
+            reasons = cpu.slower_than_torch(**call, batch=batch)
+        return reasons
+
+    def _why_no_kernel(self) -> list[str]:
+        call = self._call
+        reasons = backends.why_no_kernel(**call)
+        if not reasons and not backends.forced() and call.pop("device").type == "cuda":
+            reasons = triton.slower_than_torch(**call)
         return reasons
 
     @property
@@ -118,33 +124,46 @@ class _SwapLayer(nn.RNNBase):
             "hidden_size": self.hidden_size,
         }
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None) -> tuple[Any, Any]:
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None, lengths: Tensor | None = None) -> tuple[Any, Any]:
         """As torch.nn's layer: same arguments, result and errors. In training mode and with swaps it also runs the
-        swapped variants; sire_fast.penalty(model) then gives their penalty."""
+        swapped variants; sire_fast.penalty(model) then gives their penalty.
+
+        Args:
+            input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or packed.
+            hx: initial states, as torch.nn's; zeros if None.
+            lengths: of padded sequences, (B) int64 on any device, in any order; positions are drawn inside them, and
+                outputs behind them are 0. As good as packing, without it.
+        """
         self._last = None
         swapping = self.swaps is not None and self.training
         # a trace would have to be made again for other batch sizes
-        fixed = not swapping and isinstance(input, Tensor) and not torch.compiler.is_compiling()
-        reasons = self.why_not_fused(self._batch(input) if fixed else None)
-        fused = not reasons
+        fixed = not swapping and lengths is None and isinstance(input, Tensor) and not torch.compiler.is_compiling()
+        reasons = self._why_not_fused(swapping, self._batch(input) if fixed else None)
         if reasons and backends.forced():
             raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
-        if not swapping and not fused:
+        if reasons and not swapping and lengths is None:
             return self._torch_layer.forward(self, input, hx)
-        x, lengths, states, restore = self._unify(input, hx)
-        pairs = self._draw(x, lengths) if swapping else None
-        output, last = (self._fused if fused else self._stacked)(x, lengths, states, pairs)
+        x, lengths, states, restore = self._unify(input, hx, lengths)
+        if swapping:
+            pairs = self._draw(x, lengths)
+            ends = self._ends(x, lengths, pairs)
+            run = self._stacked if reasons else self._spans if self.num_layers > 1 else self._fused
+            output, last, self._last = run(x, lengths, states, pairs, ends)
+        else:
+            output, last = self._layers(x, lengths, states, 1)
         return restore(output, last)
 
     def _batch(self, input: Tensor) -> int:
         return 1 if input.dim() < 3 else input.shape[0 if self.batch_first else 1]
 
     def _unify(
-        self, input: Tensor | PackedSequence, hx: Any
+        self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None, States, Callable[[Tensor, States], tuple[Any, Any]]]:
         """The input as (T, B, I) with its lengths, the initial states as (layers, B, H), and what makes outputs of
         that form into outputs of the input's form."""
         if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("lengths: expected None for a PackedSequence, which has its own, got a tensor")
             self.check_input(input.data, input.batch_sizes)
             x, lengths = pad_packed_sequence(input)
             states = self._initial(x, hx)
@@ -177,7 +196,11 @@ class _SwapLayer(nn.RNNBase):
                 output, last = output.squeeze(batch_dim), tuple(s.squeeze(1) for s in last)
             return output, self._tuple(last)
 
-        return x.transpose(0, 1) if self.batch_first else x, None, states, restore
+        x = x.transpose(0, 1) if self.batch_first else x
+        if lengths is not None:
+            check_lengths(*x.shape[:2], lengths)
+            lengths = lengths.to(x.device, non_blocking=True)
+        return x, lengths, states, restore
 
     @property
     def _two_states(self) -> bool:
@@ -189,7 +212,7 @@ class _SwapLayer(nn.RNNBase):
     def _initial(self, x: Tensor, hx: Any) -> States:
         if hx is not None:
             return tuple(hx) if self._two_states else (hx,)
-        layers = self.num_layers * (2 if self.bidirectional else 1)
+        layers = self.num_layers * self._directions
         h = x.new_zeros(layers, x.shape[1], self.proj_size or self.hidden_size)
         return (h, x.new_zeros(layers, x.shape[1], self.hidden_size)) if self._two_states else (h,)
 
@@ -208,24 +231,37 @@ class _SwapLayer(nn.RNNBase):
         reach = getattr(self.swaps, "reach", None) if self.compare == "swap" else None
         return None if reach is None else reach + 1
 
-    def _weights(self, layer: int) -> list[Tensor]:
-        directions = 2 if self.bidirectional else 1
-        names = self._all_weights[layer * directions : (layer + 1) * directions]
-        return [getattr(self, name) for group in names for name in group]
+    @property
+    def _directions(self) -> int:
+        return 2 if self.bidirectional else 1
 
-    def _fused(self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor | None) -> tuple[Tensor, States]:
-        """One layer in one direction, on the operator."""
-        w_ih, w_hh, *biases = self._weights(0)
+    def _weights(self, layer: int) -> list[list[Tensor]]:
+        """Of each direction, in torch's order."""
+        names = self._all_weights[layer * self._directions : (layer + 1) * self._directions]
+        return [[getattr(self, name) for name in group] for group in names]
+
+    def _run(
+        self,
+        layer: int,
+        direction: int,
+        x: Tensor,
+        lengths: Tensor | None,
+        states: States,
+        pairs: Tensor | None = None,
+        ends: Tensor | None = None,
+    ) -> SwapRNN:
+        """One layer in one direction, in the order in which it reads, on the operator."""
+        w_ih, w_hh, *biases = self._weights(layer)[direction]
         b_ih, b_hh = biases or (None, None)
-        swaps = torch.empty(x.shape[1], 0, 2, dtype=torch.int64, device=x.device) if pairs is None else pairs
-        ends = None if pairs is None else self._ends(x, lengths, pairs)
-        run = functional.swap_rnn(
+        if pairs is None:
+            pairs = torch.empty(x.shape[1], 0, 2, dtype=torch.int64, device=x.device)
+        return functional.swap_rnn(
             self._cell,
             x.to(w_hh.dtype),  # under autocast the layers before may have lowered it
             w_hh,
             b_hh,
-            *(s[0].to(w_hh.dtype) for s in hx),
-            swaps=swaps,
+            *(s.to(w_hh.dtype) for s in states),
+            swaps=pairs,
             ends=ends,
             lengths=lengths,
             w_ih=w_ih,
@@ -233,41 +269,99 @@ class _SwapLayer(nn.RNNBase):
             recompute=self.recompute,
             longest=self._longest,
         )
-        if ends is not None:
-            self._last = Pass(run.penalty, run.output, ends, run.variants, run.cells, run.variant_cells)
-        last = (run.h_n,) if run.c_n is None else (run.h_n, run.c_n)
-        return run.output, tuple(s[None] for s in last)
 
-    def _stacked(self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor) -> tuple[Tensor, States]:
-        """Any layer: torch's, one after the other, on the original and its variants as one batch."""
-        steps, batch, _ = x.shape
-        check_swaps(x, pairs, lengths)
-        rows = 1 + pairs.shape[1]
-        y = with_variants(x, pairs).flatten(1, 2)  # (T, B * (1 + K), I)
-        states = tuple(s.repeat_interleave(rows, 1) for s in hx)
-        stacked_lengths = None if lengths is None else lengths.repeat_interleave(rows).cpu()
-        directions = 2 if self.bidirectional else 1
+    def _layer(self, layer: int, x: Tensor, lengths: Tensor | None, hx: States) -> tuple[Tensor, ...]:
+        """All directions of a layer: output and last states."""
+        runs = [
+            self._run(layer, d, _reversed(x, lengths) if d else x, lengths, tuple(s[d] for s in hx))
+            for d in range(self._directions)
+        ]
+        return _outputs(runs, lengths), *_last_states(runs)
+
+    def _layers(self, x: Tensor, lengths: Tensor | None, hx: States, rows: int) -> tuple[Tensor, States]:
+        """The layers behind each other; `rows` sequences in a row share their dropout masks: what is compared must not
+        differ by dropout noise."""
+        run = self._torch_pass if self.proj_size or self._why_no_kernel() else self._layer
         last = []
         for layer in range(self.num_layers):
-            start = tuple(s[layer * directions : (layer + 1) * directions] for s in states)
-            y, *ended = self._torch_pass(layer, y, stacked_lengths, start)
+            here = slice(layer * self._directions, (layer + 1) * self._directions)
+            x, *ended = run(layer, x, lengths, tuple(s[here] for s in hx))
             last.append(ended)
-            if layer < self.num_layers - 1 and self.dropout:
-                # one mask for a sequence and its variants: their difference must not hold dropout noise
-                mask = nn.functional.dropout(y.new_ones(steps, batch, 1, y.shape[-1]), self.dropout)
-                y = (y.unflatten(1, (batch, rows)) * mask).flatten(1, 2)
-        y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
-        final = tuple(torch.cat(s).unflatten(1, (batch, rows)) for s in zip(*last, strict=True))
+            if layer < self.num_layers - 1 and self.dropout and self.training:
+                mask = nn.functional.dropout(x.new_ones(len(x), x.shape[1] // rows, 1, x.shape[-1]), self.dropout)
+                x = (x.unflatten(1, (-1, rows)) * mask).flatten(1, 2)
+        return x, tuple(torch.cat(s) for s in zip(*last, strict=True))
 
-        base, variants = self._compared(y, pairs, self._ends(x, lengths, pairs))
+    def _fused(
+        self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor, ends: Tensor
+    ) -> tuple[Tensor, States, Pass]:
+        """One layer: originals and variants in a single call for each direction."""
+        runs = [self._run(0, 0, x, lengths, tuple(s[0] for s in hx), pairs, ends)]
+        stops = [ends]
+        if self.bidirectional:
+            length = x.shape[0] if lengths is None else lengths[:, None, None]
+            back = length - 1 - pairs.flip(-1)  # as this direction counts
+            stops.append(self._ends(x, lengths, back))
+            runs.append(self._run(0, 1, _reversed(x, lengths), lengths, tuple(s[1] for s in hx), back, stops[1]))
+        return _outputs(runs, lengths), _last_states(runs), _comparison(runs, stops)
+
+    def _spans(
+        self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor, ends: Tensor
+    ) -> tuple[Tensor, States, Pass]:
+        """Several layers in one direction. A variant's span i..end is a sequence of its own, which starts from the
+        original's states and whose outputs are the next layer's inputs."""
+        steps, batch, _ = x.shape
+        check_swaps(x, pairs, lengths)
+        if not pairs.shape[1]:  # nothing to swap: one pair that exchanges nothing
+            pairs = pairs.new_zeros(batch, 1, 2)
+            ends = self._ends(x, lengths, pairs)
+        i, j = pairs.unbind(-1)
+        b = torch.arange(batch, device=x.device)[:, None]
+        ahead = torch.arange(min(steps, self._longest or steps), device=x.device)[:, None, None]
+        t = (i + ahead).minimum(ends)  # (S, B, K)
+        source = torch.where(t == i, j, torch.where(t == j, i, t))
+        variants, span = x[source, b].flatten(1, 2), (ends - i + 1).flatten()
+        last = []
+        for layer in range(self.num_layers):
+            start = tuple(s[layer] for s in hx)
+            run = self._run(layer, 0, x, lengths, start)
+            before = [track[(i - 1).clamp(min=0), b] for track in _tracks(run)]
+            begin = (torch.where((i > 0)[..., None], s, s0[:, None]) for s, s0 in zip(before, start, strict=True))
+            own = self._run(layer, 0, variants, span, tuple(s.flatten(0, 1) for s in begin))
+            last.append([run])
+            x, variants = run.output, own.output
+            if layer < self.num_layers - 1 and self.dropout:
+                mask = nn.functional.dropout(torch.ones_like(x), self.dropout)
+                x, variants = x * mask, variants * mask[t, b].flatten(1, 2)
+        base = [track[ends, b] for track in _tracks(run)]
+        ended = [s.unflatten(0, (batch, -1)) for s in (own.h_n, own.c_n) if s is not None]
+        # a pair that exchanges nothing is the original
+        ended = [torch.where((i < j)[..., None], s, s0) for s, s0 in zip(ended, base, strict=True)]
+        compared = Pass(_distance(ended[0], base[0]), x, ends, ended[0], run.cells, (*ended, None)[1])
+        return x, tuple(torch.cat(s) for s in zip(*map(_last_states, last), strict=True)), compared
+
+    def _stacked(
+        self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor, ends: Tensor
+    ) -> tuple[Tensor, States, Pass]:
+        """Any layer: the original and its variants as one batch, all steps of them."""
+        batch = x.shape[1]
+        check_swaps(x, pairs, lengths)
+        rows = 1 + pairs.shape[1]
+        stacked = with_variants(x, pairs).flatten(1, 2)  # (T, B * (1 + K), I)
+        states = tuple(s.repeat_interleave(rows, 1) for s in hx)
+        y, last = self._layers(stacked, None if lengths is None else lengths.repeat_interleave(rows), states, rows)
+        y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
+        final = tuple(s.unflatten(1, (batch, rows)) for s in last)
+
+        base, variants = self._compared(y, pairs, ends)
         cells = variant_cells = None
         if self._two_states and self.compare == "end":  # torch gives c after the last step only
-            ended_cells = torch.cat(final[1][-directions:].unbind(0), -1)  # (B, 1 + K, directions * H)
+            ended_cells = torch.cat(final[1][-self._directions :].unbind(0), -1)  # (B, 1 + K, directions * H)
             cells, variant_cells = ended_cells[None, :, 0].expand(rows - 1, -1, -1), ended_cells[:, 1:]
-        at = torch.arange(rows - 1, device=x.device).expand(batch, -1)
-        each = (variants - base).square().sum(-1)
-        self._last = Pass(each, base.transpose(0, 1), at, variants, cells, variant_cells)
-        return y[:, :, 0], tuple(s[:, :, 0] for s in final)
+        compared = Pass(
+            _distance(variants, base), base.transpose(0, 1), _numbered(variants), variants, cells, variant_cells
+        )
+        return y[:, :, 0], tuple(s[:, :, 0] for s in final), compared
 
     def _compared(self, y: Tensor, pairs: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
         """The output of the original and of its variants where they are compared, (B, K, D) each."""
@@ -282,17 +376,76 @@ class _SwapLayer(nn.RNNBase):
         return base, torch.cat((ahead[ends, row, variant], back[starts, row, variant]), -1)
 
     def _torch_pass(self, layer: int, x: Tensor, lengths: Tensor | None, hx: States) -> tuple[Tensor, ...]:
+        """One layer on torch's own kernels."""
         run = getattr(torch._VF, self._cell)
         start = list(hx) if self._two_states else hx[0]
-        settings = (self._weights(layer), self.bias, 1, 0.0, self.training, self.bidirectional)
+        weights = [weight for direction in self._weights(layer) for weight in direction]
+        settings = (weights, self.bias, 1, 0.0, self.training, self.bidirectional)
         if lengths is None:
             return run(x, start, *settings, False)
-        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         start = [s[:, order] for s in hx] if self._two_states else hx[0][:, order]
         data, *last = run(packed.data, packed.batch_sizes, start, *settings)
         output, _ = pad_packed_sequence(packed._replace(data=data), total_length=x.shape[0])
         return output, *(s[:, back] for s in last)
+
+
+def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """Sequences read from their ends."""
+    if lengths is None:
+        return x.flip(0)
+    back = (lengths - 1 - torch.arange(len(x), device=x.device)[:, None]).clamp(min=0)
+    return x[back, torch.arange(x.shape[1], device=x.device)]
+
+
+def _outputs(runs: list[SwapRNN], lengths: Tensor | None) -> Tensor:
+    """The output of a layer from the runs of its directions."""
+    ahead, *back = (run.output for run in runs)
+    if not back:
+        return ahead
+    both = torch.cat((ahead, _reversed(back[0], lengths)), -1)
+    if lengths is None:
+        return both
+    inside = torch.arange(len(both), device=both.device)[:, None] < lengths
+    return torch.where(inside[..., None], both, 0)
+
+
+def _last_states(runs: list[SwapRNN]) -> States:
+    """The last states of all directions, (directions, B, H) each."""
+    last = zip(*((run.h_n, run.c_n) for run in runs), strict=True)
+    return tuple(torch.stack(s) for s in last if s[0] is not None)
+
+
+def _tracks(run: SwapRNN) -> States:
+    return (run.output,) if run.cells is None else (run.output, run.cells)
+
+
+def _comparison(runs: list[SwapRNN], stops: list[Tensor]) -> Pass:
+    """What the directions of a layer compare, each at its own steps."""
+    if len(runs) == 1:
+        (run,), (ends,) = runs, stops
+        return Pass(run.penalty, run.output, ends, run.variants, run.cells, run.variant_cells)
+    row = torch.arange(len(stops[0]), device=stops[0].device)[:, None]
+    compared = zip(
+        *([track[ends, row] for track in _tracks(run)] for run, ends in zip(runs, stops, strict=True)), strict=True
+    )
+    base, *cells = (torch.cat(each, -1).transpose(0, 1) for each in compared)
+    variants = torch.cat([run.variants for run in runs], -1)
+    variant_cells = torch.cat([run.variant_cells for run in runs], -1) if cells else None
+    penalty = runs[0].penalty + runs[1].penalty
+    return Pass(penalty, base, _numbered(variants), variants, cells[0] if cells else None, variant_cells)
+
+
+def _numbered(variants: Tensor) -> Tensor:
+    """(B, K), the number of each variant in its sequence."""
+    return torch.arange(variants.shape[1], device=variants.device).expand(len(variants), -1)
+
+
+def _distance(variants: Tensor, base: Tensor) -> Tensor:
+    """||variants - base||^2, (B, K), in at least float32."""
+    wide = torch.promote_types(variants.dtype, torch.float32)
+    return (variants.to(wide) - base.to(wide)).square().sum(-1)
 
 
 def _pack_as(like: PackedSequence, padded: Tensor) -> PackedSequence:

@@ -168,6 +168,14 @@ def check_arguments(
                 raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
 
 
+def check_lengths(steps: int, batch: int, lengths: Tensor) -> None:
+    """Raise a ValueError unless `lengths` can be those of so many sequences; values are looked at on the CPU only."""
+    if lengths.shape != (batch,) or lengths.dtype != torch.int64:
+        raise ValueError(f"lengths: expected ({batch},) int64, got {tuple(lengths.shape)} {lengths.dtype}")
+    if lengths.device.type == "cpu" and (outside := (lengths < 1) | (lengths > steps)).any():
+        raise ValueError(f"lengths: expected 1 <= length <= {steps}, got {lengths[outside][0]}")
+
+
 def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:
     """Raise a ValueError unless `swaps` are pairs of positions inside the sequences x, (T, B, ...): what a sampler has
     to return."""
@@ -184,10 +192,8 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
     """
     if swaps.device.type != "cpu":
         return
+    check_lengths(steps, len(lengths), lengths)
     i, j = swaps.unbind(-1)
-    outside = (lengths < 1) | (lengths > steps)
-    if outside.any():
-        raise ValueError(f"lengths: expected 1 <= length <= {steps}, got {lengths[outside][0]}")
     limit = lengths[:, None]
     # one test for the usual case, in which nothing is wrong
     if not ((i < 0) | (i > j) | (j > ends) | (ends >= limit)).any():

@@ -9,7 +9,7 @@ A run is a directory:
 
 The same settings give the same model, bit for bit, whether or not the run was interrupted and resumed.
 
-In a group of processes (torch.distributed) each takes its part of every batch and draws its own swaps; the first of them
+In a group of processes (torch.distributed) each takes its part of every batch and draws its own swaps; the first
 writes the files.
 """
 
@@ -204,7 +204,7 @@ class Run:
         self.model = Model(config).to(config.device)
         self.shared: nn.Module = self.model  # called by this name, it gets gradients that are means over all processes
         if self.processes > 1:
-            self.shared = DistributedDataParallel(self.model, broadcast_buffers=False)
+            self.shared = DistributedDataParallel(self.model)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.trained_by = self.processes
         self.step = 0
