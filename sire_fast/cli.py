@@ -1,4 +1,4 @@
-"""The command line: train, eval, bench, doctor and demo. Bad input ends with one line on stderr and exit code 2."""
+"""The command line: train, eval, inspect, bench, doctor and demo. Bad input ends with one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +25,7 @@ import sire_fast
 from sire_fast import backends, benchmark, cpu
 from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
 from sire_fast.cells import CELLS
+from sire_fast.inspection import Inspection, inspect
 from sire_fast.tasks import TASKS
 from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, write
 
@@ -32,6 +33,8 @@ from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, writ
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
 _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
 _PICTURE = "demo.png"
+_INSPECTED = "inspect.json", "inspect.png"
+_INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
 _UsageError = typer.BadParameter.__base__
@@ -140,6 +143,57 @@ def eval_command(
     config = chosen.config
     _console.print(f"{config.task}, {config.cell}, step {chosen.step} of {config.steps}")
     _show_result(evaluate(chosen.model, chosen.task))
+
+
+@app.command("inspect")
+def inspect_command(
+    directory: Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)],
+    length: Annotated[
+        int | None, typer.Option(help="Of the sequences.", show_default="the longest of training")
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Number of sequences.")] = 16,
+    device: Annotated[str | None, typer.Option(help="Another device than the run's.")] = None,
+) -> None:
+    """Tell what random orders, the worst order and every swap do to a run's model: inspect.json and inspect.png."""
+    with _bad_input():
+        for name, value, least in (("length", length, 2), ("examples", examples, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        chosen = Run.load(directory, device)
+        model, task = chosen.model.eval(), chosen.task
+        length = length or task.train_lengths[-1]
+        x, _ = task.sample(length, examples, torch.Generator().manual_seed(_INSPECT_SEED))
+        features = model.features[x.to(model.features.device)]
+    with Progress(console=_console, transient=True) as progress:
+        bar = progress.add_task("orders and swaps", total=None)
+        found = inspect(
+            model.layer,
+            features,
+            through=lambda h: task.answer(model.head(h)),
+            boundaries=task.boundaries,
+            report=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    config = chosen.config
+    _show_inspection(found, f"{config.task}, {config.cell}, {examples} sequences of length {length}")
+    result = {
+        "task": config.task,
+        "config": asdict(config),
+        "step": chosen.step,
+        "length": length,
+        "sequences": x.T.tolist(),
+        "answer": found.answer.tolist(),
+        "changes": found.changes.T.tolist(),
+        "worst": found.worst.tolist(),
+        "worst_order": found.worst_order.tolist(),
+        "heat_map": found.heat_map.tolist(),
+        "versions": benchmark.versions(),
+    }
+    figure = found.draw()
+    text = json.dumps(result) + "\n"
+    numbers, picture = (directory / name for name in _INSPECTED)
+    write(numbers, lambda temporary: temporary.write_text(text))
+    write(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    _console.print(f"numbers: {numbers}, picture: {picture}")
 
 
 @app.command()
@@ -341,6 +395,22 @@ def _show_result(result: dict[str, Any]) -> None:
     _console.print(table)
     sensitivity = result["order_sensitivity"]
     _console.print(f"order sensitivity: mean {sensitivity['mean']:.4g}, max {sensitivity['max']:.4g}")
+
+
+def _show_inspection(found: Inspection, title: str) -> None:
+    table = Table(title=title, caption=f"mean |answer|: {found.size.mean():.4g}")
+    table.add_column("|change of the answer|")
+    for heading in ("mean", "largest", "mean / |answer|"):
+        table.add_column(heading, justify="right")
+    pairs = found.heat_map[torch.ones_like(found.heat_map, dtype=torch.bool).triu(1)]
+    for name, changes in (
+        (f"{len(found.changes)} random orders of each", found.changes),
+        ("worst order found of each", found.worst),
+        ("each swap, mean over the sequences", pairs),
+    ):
+        mean = changes.mean().item()
+        table.add_row(name, f"{mean:.4g}", f"{changes.max():.4g}", f"{mean / found.size.mean():.4g}")
+    _console.print(table)
 
 
 def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:

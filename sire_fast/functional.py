@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sire_fast import backends, ops, reference
@@ -61,7 +62,8 @@ def swap_rnn(
 
     Dtypes: float32, float64 and bfloat16 on "cpu", these and float16 on "triton", the halves with float32 states inside
         and, where the processor can, products of halves; whatever torch computes in on "reference". The penalty is at
-        least float32. float32 is true float32, on GPUs too, unless torch.set_float32_matmul_precision allows TF32.
+        least float32. Under autocast all arguments are cast to its dtype first. float32 is true float32, on GPUs too,
+        unless torch.set_float32_matmul_precision allows TF32.
 
     Example:
         >>> import torch                                        # relu(x + h) of positive inputs is their sum,
@@ -73,6 +75,7 @@ def swap_rnn(
     Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
+    x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
     reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if longest is not None and longest < 1:
         raise ValueError(f"longest: expected at least 1, got {longest}")
@@ -83,3 +86,12 @@ def swap_rnn(
         )
     ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
     return ops.swap_rnn(cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, longest)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors as torch's autocast has them where it is on; float64 stays what it is, as it does there."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

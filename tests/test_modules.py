@@ -138,13 +138,50 @@ def test_packed_sequences_swap_inside_their_lengths(name: str, options: dict[str
     torch.testing.assert_close(sire_fast.penalty(ours), sum(each) / (3 * 4))
 
 
-def test_dropout_masks_are_shared() -> None:
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["spans", "stacked"])
+def test_dropout_masks_are_shared(bidirectional: bool) -> None:
     """Independent masks would make the penalty of a swap of equal inputs large; it must be 0."""
-    layer = sire_fast.GRU(4, 6, num_layers=3, dropout=0.8, swaps=Uniform(4), compare="end").double()
+    layer = sire_fast.GRU(
+        4, 6, num_layers=3, dropout=0.8, bidirectional=bidirectional, swaps=Uniform(4), compare="end"
+    ).double()
     layer(torch.ones(5, 3, 4, dtype=torch.float64))
     assert sire_fast.penalty(layer).item() < 1e-25
-    head = nn.Sequential(nn.Linear(6, 3), nn.Dropout(0.5)).double()
+    head = nn.Sequential(nn.Linear(6 + 6 * bidirectional, 3), nn.Dropout(0.5)).double()
     assert sire_fast.penalty(layer, through=head).item() < 1e-25
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "dropout": 0.5}, {"bidirectional": True}], ids=str)
+@pytest.mark.parametrize("name", PAIRS)
+def test_fused_layers_run_on_the_kernel_alone(name: str, options: dict[str, Any]) -> None:
+    ours, _ = build(name, options, swaps=Uniform(2))
+    with backends.use("cpu"):  # what it cannot serve is refused
+        ours(torch.randn(5, 3, 4, dtype=torch.float64))
+        ours.eval()(torch.randn(5, 3, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("compare", ["end", "swap"])
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+def test_lengths_are_as_good_as_packing(name: str, options: dict[str, Any], compare: str) -> None:
+    fixed = torch.tensor([[[0, 1], [1, 2]], [[2, 5], [3, 6]], [[0, 0], [0, 0]], [[0, 4], [1, 2]]])
+    ours, theirs = build(name, options, swaps=lambda *_: fixed, compare=compare)
+    sequences = [torch.randn(n, 4, dtype=torch.float64) for n in (3, 7, 1, 5)]
+    lengths = torch.tensor([len(s) for s in sequences])
+    packed = pack_sequence(sequences, enforce_sorted=False)
+    padded = nn.utils.rnn.pad_sequence(sequences, theirs.batch_first, float("nan"))
+    expected, last = theirs(packed)
+    expected, _ = nn.utils.rnn.pad_packed_sequence(expected, theirs.batch_first)
+    for swaps in (ours.swaps, None):
+        ours.swaps = swaps
+        torch.testing.assert_close(ours(padded, lengths=lengths), (expected, last))
+    ours.swaps = lambda *_: fixed
+    ours(packed)
+    penalty = sire_fast.penalty(ours)
+    ours(padded, lengths=lengths)
+    torch.testing.assert_close(sire_fast.penalty(ours), penalty)
+    gradients = torch.autograd.grad(sire_fast.penalty(ours), [*ours.parameters()], materialize_grads=True)
+    ours(packed)
+    of_packed = torch.autograd.grad(sire_fast.penalty(ours), [*ours.parameters()], materialize_grads=True)
+    torch.testing.assert_close(gradients, of_packed)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
@@ -166,22 +203,23 @@ def test_penalty_through_a_head(dropout: float) -> None:
     assert torch.equal(before, torch.get_rng_state()) == (dropout == 0)  # as many draws as one call of the head
 
 
+@pytest.mark.parametrize("options", [{}, {"num_layers": 3}], ids=["layer", "layers"])
 @pytest.mark.parametrize("compare", ["end", "swap"])
-def test_penalty_of_all_states(compare: str) -> None:
-    ours, theirs = build("LSTM", {}, swaps=lambda *_: torch.tensor([[[1, 3]]]), compare=compare)
+def test_penalty_of_all_states(compare: str, options: dict[str, Any]) -> None:
+    ours, theirs = build("LSTM", options, swaps=lambda *_: torch.tensor([[[1, 3]]]), compare=compare)
     x = torch.randn(6, 1, 4, dtype=torch.float64)
     ours(x)
     until = 4 if compare == "swap" else 6
     (_, one), (_, other) = theirs(x[:until]), theirs(x[[0, 3, 2, 1, 4, 5]][:until])
-    expected = sum((a - b).square().sum() for a, b in zip(one, other, strict=True))
+    expected = sum((a[-1] - b[-1]).square().sum() for a, b in zip(one, other, strict=True))
     torch.testing.assert_close(sire_fast.penalty(ours, state="all"), expected)
     assert sire_fast.penalty(ours) < expected
 
 
 def test_penalty_of_all_states_where_c_is_unknown() -> None:
-    layer = sire_fast.LSTM(4, 6, num_layers=2, swaps=Uniform(1), compare="swap")
+    layer = sire_fast.LSTM(4, 6, num_layers=2, bidirectional=True, swaps=Uniform(1), compare="swap")
     layer(torch.randn(5, 2, 4))
-    with pytest.raises(NotImplementedError, match="num_layers=2"):
+    with pytest.raises(NotImplementedError, match="num_layers > 1 with bidirectional=True"):
         sire_fast.penalty(layer, state="all")
 
 
@@ -323,6 +361,20 @@ def test_refuses() -> None:
             layer.swaps = lambda *_, pairs=pairs: torch.tensor(pairs)
             with pytest.raises(ValueError, match="swaps: expected"):
                 layer(torch.randn(5, 1, 4))
+
+
+def test_refuses_lengths_that_cannot_be() -> None:
+    layer, x = sire_fast.GRU(4, 6), torch.randn(5, 2, 4)
+    for lengths, message in (
+        (torch.tensor([5]), r"lengths: expected \(2,\) int64, got \(1,\)"),
+        (torch.tensor([5.0, 2.0]), "lengths: expected .* int64, got .* torch.float32"),
+        (torch.tensor([5, 0]), "lengths: expected 1 <= length <= 5, got 0"),
+        (torch.tensor([6, 1]), "lengths: expected 1 <= length <= 5, got 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer(x, lengths=lengths)
+    with pytest.raises(ValueError, match="lengths: expected None for a PackedSequence"):
+        layer(pack_sequence([x[:, 0]]), lengths=torch.tensor([5]))
 
 
 def test_says_why_it_is_not_fused() -> None:
