@@ -219,6 +219,10 @@ class _SwapLayer(nn.RNNBase):
     def _draw(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """Pairs (B, K, 2) from the sampler."""
         steps, batch, _ = x.shape
+        if lengths is not None and isinstance(self.swaps, Adjacent) and self.swaps.k == "all":
+            # as many as T has, whatever the lengths: a device need not be asked for their maximum
+            pairs = self.swaps(steps, batch, None, x.device)
+            return torch.where((pairs[..., 1] < lengths[:, None])[..., None], pairs, 0)
         return self.swaps(steps if lengths is None else lengths, batch, None, x.device)  # type: ignore[misc]
 
     def _ends(self, x: Tensor, lengths: Tensor | None, pairs: Tensor) -> Tensor:
@@ -467,7 +471,8 @@ class RNN(_SwapLayer):
             pair, or at the end, and the backward state after the pair, or at the start.
         recompute: keep no gates for the backward but compute them again: less memory, more time (a fused layer's).
 
-    The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers.
+    The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers, and dropout masks
+    between layers are shared by a sequence and its variants.
 
     Example:
         >>> import torch, sire_fast

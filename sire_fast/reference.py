@@ -169,10 +169,10 @@ def check_arguments(
 
 
 def check_lengths(steps: int, batch: int, lengths: Tensor) -> None:
-    """Raise a ValueError unless `lengths` can be those of so many sequences; values are looked at on the CPU only."""
+    """Raise a ValueError unless `lengths` can be those of so many sequences; values where they can be read."""
     if lengths.shape != (batch,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths: expected ({batch},) int64, got {tuple(lengths.shape)} {lengths.dtype}")
-    if lengths.device.type == "cpu" and (outside := (lengths < 1) | (lengths > steps)).any():
+    if _readable(lengths) and (outside := (lengths < 1) | (lengths > steps)).any():
         raise ValueError(f"lengths: expected 1 <= length <= {steps}, got {lengths[outside][0]}")
 
 
@@ -188,9 +188,10 @@ def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:
 def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> None:
     """Raise a ValueError if a length, a swap or an end lies outside its sequence: 0 <= i <= j <= end < length <= T.
 
-    Tensors of another device than the CPU are not looked at: that would make the host wait for the device.
+    Tensors of another device than the CPU are not looked at: that would make the host wait for it. Nor are those of a
+    trace; the operator does it when it runs.
     """
-    if swaps.device.type != "cpu":
+    if not _readable(swaps):
         return
     check_lengths(steps, len(lengths), lengths)
     i, j = swaps.unbind(-1)
@@ -210,3 +211,7 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
                 f"{name}: expected {expected}, got swap ({i[b, k]}, {j[b, k]}) with end {ends[b, k]} "
                 f"in sequence {b} of length {lengths[b]}"
             )
+
+
+def _readable(positions: Tensor) -> bool:
+    return positions.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -480,7 +481,7 @@ def test_swaps_follow_torchs_seed() -> None:
 
 
 def test_other_ways_to_run_a_model() -> None:
-    """functional_call's weights, frozen parameters, half precision around the layer, a compiled model."""
+    """functional_call's weights, frozen parameters, half precision around the layer."""
     model = sire_fast.convert(Model(), swaps=Uniform(2), compare="end")
     tokens = torch.randint(10, (3, 7))
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -493,24 +494,52 @@ def test_other_ways_to_run_a_model() -> None:
     model.requires_grad_(True)
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.rnn(torch.randn(3, 7, model.rnn.input_size))[0].dtype == torch.bfloat16
         model(tokens)
         penalty = sire_fast.penalty(model)
     assert penalty.dtype == torch.float32
     penalty.backward()
     assert model.rnn.weight_hh_l0.grad.dtype == torch.float32
 
-    def loss(tokens: Tensor) -> Tensor:
-        return model(tokens).square().mean() + sire_fast.penalty(model)
 
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for shape in ((3, 7), (2, 9), (4, 5)):
-        tokens = torch.randint(10, shape)
-        values = []
+@pytest.mark.parametrize("with_lengths", [False, True], ids=["", "lengths"])
+@pytest.mark.parametrize("swaps", [Uniform(2), Adjacent("all")], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bidirectional": True}, {"num_layers": 2, "dropout": 0.3}, {"num_layers": 2, "bidirectional": True}],
+    ids=["layer", "directions", "layers", "stacked"],
+)
+def test_compiles_whole_and_once_for_all_sizes(options: dict[str, Any], swaps: Any, with_lengths: bool) -> None:
+    layer = sire_fast.LSTM(4, 6, **options, swaps=swaps, compare="swap" if swaps.k == "all" else "end")
+
+    def loss(x: Tensor, lengths: Tensor | None) -> Tensor:
+        return layer(x, lengths=lengths)[0].square().mean() + sire_fast.penalty(layer)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for steps, batch in ((7, 3), (9, 5), (5, 4), (11, 2)):
+        x = torch.randn(steps, batch, 4)
+        lengths = torch.randint(1, steps + 1, (batch,)) if with_lengths else None
+        results = []
         for run in (loss, compiled):
             torch.manual_seed(0)
-            values.append(run(tokens))
-        torch.testing.assert_close(*values)
-    values[1].backward()
+            layer.zero_grad()
+            value = run(x, lengths)
+            value.backward()
+            results.append((value, [p.grad.clone() for p in layer.parameters()]))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count <= 2  # the first sizes, and any
+
+
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)
+def test_exports_as_torchs_layer_does(options: dict[str, Any]) -> None:
+    layer = sire_fast.GRU(4, 6, **options, batch_first=True, swaps=Uniform(2)).eval()
+    sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("steps", min=2)},)
+    exported = torch.export.export(layer, (torch.randn(3, 7, 4),), dynamic_shapes=sizes).module()
+    for batch, steps in ((3, 7), (5, 2), (1, 9)):
+        x = torch.randn(batch, steps, 4)
+        torch.testing.assert_close(exported(x), layer(x))
 
 
 def test_checkpointing_draws_the_same_swaps_again() -> None:
