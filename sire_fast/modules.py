@@ -471,8 +471,8 @@ class RNN(_SwapLayer):
             pair, or at the end, and the backward state after the pair, or at the start.
         recompute: keep no gates for the backward but compute them again: less memory, more time (a fused layer's).
 
-    The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers, and dropout masks
-    between layers are shared by a sequence and its variants.
+    The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers. A sequence and
+    its variants share the dropout masks between layers.
 
     Example:
         >>> import torch, sire_fast
