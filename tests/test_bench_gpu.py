@@ -5,21 +5,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from bench import gpu, gpu_check
+from bench.gpu import Goal, Item
+from bench.gpu_check import Case, Checked
 from sire_fast import functional
 from sire_fast.benchmark import CONTESTANTS, Setting
 from sire_fast.cells import CELLS
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench import gpu
-from bench.gpu import Case, Checked, Goal, Item
-
-SMALL = [case for case in gpu.CASES if case.T <= 20 and case.B < 20 and case.H <= 100]
+SMALL = [case for case in gpu_check.CASES if case.T <= 20 and case.B < 20 and case.H <= 100]
 TINY = Setting("GRU", T=6, B=3, I=4, H=8, swaps="uniform:2", compare="end")
 
 
@@ -32,18 +29,18 @@ def _not_poisoned_yet():
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "tf32"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_right_kernel_passes(cell, arithmetic):
-    checked = gpu.check_cases(Checked("cpu", cell, arithmetic), SMALL, "cpu", 60)
+    checked = gpu_check.check_cases(Checked("cpu", cell, arithmetic), SMALL, "cpu", 60)
     assert (checked.failures, checked.passed, checked.skipped) == ([], len(SMALL), 0)
     assert checked.correct
     assert checked.why_not_timed() is None
 
 
 def test_the_cases_hold_what_users_have():
-    assert {case.H for case in gpu.CASES} == {7, 32, 64, 100, 128, 192, 256, 512}
-    assert {case.compare for case in gpu.CASES if case.ragged and case.recompute} == {"end", "swap"}
-    assert any(case.T == 1 and case.B == 1 for case in gpu.CASES)
-    assert any(case.swaps == "none" for case in gpu.CASES)
-    arguments = gpu.make("lstm", Case(9, 5, 4, "uniform:3", "swap", I=2, ragged=True), 0, torch.float32, "cpu")
+    assert {case.H for case in gpu_check.CASES} == {7, 32, 64, 100, 128, 192, 256, 512}
+    assert {case.compare for case in gpu_check.CASES if case.ragged and case.recompute} == {"end", "swap"}
+    assert any(case.T == 1 and case.B == 1 for case in gpu_check.CASES)
+    assert any(case.swaps == "none" for case in gpu_check.CASES)
+    arguments = gpu_check.make("lstm", Case(9, 5, 4, "uniform:3", "swap", I=2, ragged=True), 0, torch.float32, "cpu")
     i, j = arguments["swaps"].unbind(-1)
     assert bool((j < arguments["lengths"][:, None]).all())
     assert torch.equal(arguments["ends"], j)
@@ -90,13 +87,13 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch, accident, told):
 
 
 def test_what_a_kernel_raises_is_a_failure_and_what_it_refuses_is_none(monkeypatch):
-    refused = gpu.check_cases(Checked("cpu", "gru", "float16"), SMALL, "cpu", 60)
+    refused = gpu_check.check_cases(Checked("cpu", "gru", "float16"), SMALL, "cpu", 60)
     assert refused.correct
     assert refused.why_not_timed().startswith("not available: cpu: computes in")
     monkeypatch.setattr(functional, "swap_rnn", lambda *args, **kwargs: 1 / 0)
-    raised = gpu.check_cases(Checked("cpu", "gru", "float32"), SMALL[:1], "cpu", 60)
+    raised = gpu_check.check_cases(Checked("cpu", "gru", "float32"), SMALL[:1], "cpu", 60)
     assert "ZeroDivisionError" in raised.failures[0]
-    late = gpu.check_cases(Checked("cpu", "gru", "float32"), SMALL, "cpu", -1)
+    late = gpu_check.check_cases(Checked("cpu", "gru", "float32"), SMALL, "cpu", -1)
     assert (late.skipped, late.correct) == (len(SMALL), False)
 
 
@@ -123,7 +120,7 @@ def test_the_floor_by_hand():
 def test_global_flags_are_restored():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     for arithmetic, allowed in (("float32", False), ("tf32", True)):
-        with gpu._arithmetic(arithmetic), gpu._poisoned():
+        with gpu_check.arithmetic_of(arithmetic), gpu_check._poisoned():
             assert torch.empty(3).isnan().all()
             assert torch.backends.cudnn.allow_tf32 == (torch.get_float32_matmul_precision() == "high") == allowed
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
