@@ -150,7 +150,7 @@ class _SwapLayer(nn.RNNBase):
             run = self._stacked if reasons else self._spans if self.num_layers > 1 else self._fused
             output, last, self._last = run(x, lengths, states, pairs, ends)
         else:
-            output, last = self._layers(x, lengths, states, 1)
+            output, last = self._layers(x, lengths, states, 1, not reasons)
         return restore(output, last)
 
     def _batch(self, input: Tensor) -> int:
@@ -282,10 +282,12 @@ class _SwapLayer(nn.RNNBase):
         ]
         return _outputs(runs, lengths), *_last_states(runs)
 
-    def _layers(self, x: Tensor, lengths: Tensor | None, hx: States, rows: int) -> tuple[Tensor, States]:
+    def _layers(
+        self, x: Tensor, lengths: Tensor | None, hx: States, rows: int, on_kernels: bool
+    ) -> tuple[Tensor, States]:
         """The layers behind each other; `rows` sequences in a row share their dropout masks: what is compared must not
         differ by dropout noise."""
-        run = self._torch_pass if self.proj_size or self._why_no_kernel() else self._layer
+        run = self._layer if on_kernels else self._torch_pass
         last = []
         for layer in range(self.num_layers):
             here = slice(layer * self._directions, (layer + 1) * self._directions)
@@ -294,7 +296,7 @@ class _SwapLayer(nn.RNNBase):
             if layer < self.num_layers - 1 and self.dropout and self.training:
                 mask = nn.functional.dropout(x.new_ones(len(x), x.shape[1] // rows, 1, x.shape[-1]), self.dropout)
                 x = (x.unflatten(1, (-1, rows)) * mask).flatten(1, 2)
-        return x, tuple(torch.cat(s) for s in zip(*last, strict=True))
+        return x, tuple(s[0] if len(s) == 1 else torch.cat(s) for s in zip(*last, strict=True))
 
     def _fused(
         self, x: Tensor, lengths: Tensor | None, hx: States, pairs: Tensor, ends: Tensor
@@ -353,7 +355,9 @@ class _SwapLayer(nn.RNNBase):
         rows = 1 + pairs.shape[1]
         stacked = with_variants(x, pairs).flatten(1, 2)  # (T, B * (1 + K), I)
         states = tuple(s.repeat_interleave(rows, 1) for s in hx)
-        y, last = self._layers(stacked, None if lengths is None else lengths.repeat_interleave(rows), states, rows)
+        lengths = None if lengths is None else lengths.repeat_interleave(rows)
+        on_kernels = not (self.proj_size or self._why_no_kernel())
+        y, last = self._layers(stacked, lengths, states, rows, on_kernels)
         y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
         final = tuple(s.unflatten(1, (batch, rows)) for s in last)
 
@@ -418,7 +422,7 @@ def _outputs(runs: list[SwapRNN], lengths: Tensor | None) -> Tensor:
 def _last_states(runs: list[SwapRNN]) -> States:
     """The last states of all directions, (directions, B, H) each."""
     last = zip(*((run.h_n, run.c_n) for run in runs), strict=True)
-    return tuple(torch.stack(s) for s in last if s[0] is not None)
+    return tuple(s[0][None] if len(s) == 1 else torch.stack(s) for s in last if s[0] is not None)
 
 
 def _tracks(run: SwapRNN) -> States:
