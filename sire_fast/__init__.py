@@ -6,7 +6,8 @@ loss = task_loss(model(x), y) + weight * sire_fast.penalty(model)
 
 import warnings
 
-from sire_fast import backends, cells, cpu, functional, modules, reference, swaps
+from sire_fast import backends, cells, cpu, functional, modules, reference, schedules, swaps
+from sire_fast.inspection import inspect
 from sire_fast.modules import GRU, LSTM, RNN, convert
 from sire_fast.penalties import penalty, swap_penalty
 
@@ -19,9 +20,11 @@ __all__ = [
     "cells",
     "convert",
     "functional",
+    "inspect",
     "modules",
     "penalty",
     "reference",
+    "schedules",
     "swap_penalty",
     "swaps",
 ]
