@@ -15,6 +15,24 @@ sums are taken in a fixed order.
     backward_kernel   gradients of the gates
     gather_kernel     adds what the variants owe to the rows of x_proj that they have read
     weight_kernel     dW_hh and db_hh, from the gradients of the gates
+
+T steps, B sequences, K variants of each, H units, S rows kept for a variant; G gates, STATES states, KEPT blocks of
+gates that the backward needs, D different blocks of gate gradients. Tuples hold h, or h and c.
+
+    x_proj, dx, du         (T, B, G*H)
+    w_hh, b_hh             (G*H, H), (G*H) or None
+    swaps, ends, lengths   (B, K, 2), (B, K), (B), int64
+    start, last            (B, H); these and all that follow but the gates are in the dtype of states, at least float32
+    tracks, ended          (T, B, H), (B, K, H)
+    penalty                (B, K)
+    gates                  (T*B + B*K*S, KEPT*H), the originals' first
+    spans                  (B*K*S, STATES*H)
+    d_spans                (B*K*S, D*H), in the dtype of gates
+    d_first                (B*K, STATES*H), what a variant owes to the states before its swap, but for the product
+    carry                  (programs*R, STATES*H), the gradients of states where W_hh streams
+    end_times, end_order   (B, K), the ends of a sequence's variants, latest first, and whose they are; so for starts
+
+Gradients that come in are as what they are of, or None for zero.
 """
 
 from __future__ import annotations
@@ -181,7 +199,7 @@ def forward_kernel(
     STEP: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, SPANS: tl.constexpr, RESIDENT: tl.constexpr,
     PRECISION: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Runs the originals and variants of N sequences; kernels/launch.py names the arguments' shapes.
+    """Runs the originals and variants of N sequences.
 
     KEPT: blocks of gates that are kept, 0 for none. SPANS: whether the states of the spans are kept.
     """
