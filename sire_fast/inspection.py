@@ -69,30 +69,30 @@ class Inspection:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+        figure = Figure(figsize=(10.5, 4.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         heat_map, size = self.heat_map.cpu(), self.size.mean().item()
         top = max(heat_map.nan_to_num().max().item(), _NOISE * size) or 1.0
-        image = left.imshow(heat_map, vmin=0, vmax=top, cmap="magma", origin="lower", interpolation="nearest")
+        image = left.imshow(heat_map.numpy(), vmin=0, vmax=top, cmap="magma", origin="lower", interpolation="nearest")
         figure.colorbar(image, ax=left, label="mean |change of the answer|")
         left.set(xlabel="position i", ylabel="position j")
         left.set_title("One swap: i and j exchanged", loc="left")
 
         ranked = self.worst.argsort(descending=True)
         rank = range(1, len(ranked) + 1)
-        for values, colour, label in (
-            (self.worst, "#d1495b", "worst order found"),
-            (self.max, "#edae49", f"largest of {len(self.changes)} random orders"),
-            (self.mean, "#00798c", "mean of these"),
+        for values, label, style in (
+            (self.worst, "worst order found", {"color": "#d1495b", "markersize": 8, "fillstyle": "none"}),
+            (self.max, f"largest of {len(self.changes)} random orders", {"color": "#edae49", "markersize": 5}),
+            (self.mean, "mean of these", {"color": "#00798c", "markersize": 5}),
         ):
-            right.plot(rank, values[ranked].cpu(), "o", color=colour, label=label, markersize=4, clip_on=False)
+            right.plot(rank, values[ranked].cpu().numpy(), "o", label=label, clip_on=False, **style)
         right.axhline(size, color="0.5", linestyle="--", linewidth=1, label="mean |answer|")
         right.set(xlabel="sequence, the most sensitive first", ylabel="|change of the answer|")
         right.set_title("Whole orders", loc="left")
         right.set_ylim(bottom=0)
         right.grid(alpha=0.25)
         right.spines[["top", "right"]].set_visible(False)
-        right.legend(frameon=False)
+        right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
         for axis in (left.xaxis, left.yaxis, right.xaxis):
             axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         return figure

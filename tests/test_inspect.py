@@ -1,0 +1,142 @@
+"""inspect: against a plain loop over swaps and orders, on layers, functions and trained runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sire_fast
+from sire_fast import cli
+
+T, B = 5, 3
+LENGTHS = torch.tensor([5, 2, 4])
+
+
+def exchanged(x: Tensor, i: int, j: int) -> Tensor:
+    order = list(range(len(x)))
+    order[i], order[j] = order[j], order[i]
+    return x[order]
+
+
+def change(answer: Any, x: Tensor, other: Tensor) -> float:
+    """Of one sequence (T, I)."""
+    return (answer(other[:, None]) - answer(x[:, None])).abs().mean().item()
+
+
+@pytest.fixture(params=["kernel", "torch", "function"])
+def asked(request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """What is inspected, and the same as a function of sequences without padding."""
+    if request.param == "function":
+        weight = torch.randn(4, 2, dtype=torch.float64)
+
+        def model(x: Tensor, lengths: Tensor | None = None) -> Tensor:
+            inside = torch.ones(x.shape[:2]) if lengths is None else torch.arange(len(x))[:, None] < lengths
+            return ((x @ weight).cumsum(0).tanh() * inside[..., None]).sum(0)
+
+        return model, model
+    kind = sire_fast.GRU if request.param == "kernel" else nn.GRU
+    layer = kind(4, 6, num_layers=1 if request.param == "kernel" else 2).double()
+    return layer, lambda x: layer(x)[1][-1]
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
+def test_against_a_plain_loop(asked: tuple[Any, Any], lengths: Tensor | None) -> None:
+    model, answer = asked
+    x = torch.randn(T, B, 4, dtype=torch.float64)
+    found = sire_fast.inspect(model, x, lengths=lengths, rows=4)
+    sequences = [x[: T if lengths is None else lengths[b], b] for b in range(B)]
+    for i, j in itertools.combinations(range(T), 2):
+        held = [s for s in sequences if j < len(s)]
+        expected = sum(change(answer, s, exchanged(s, i, j)) for s in held) / len(held)
+        assert found.heat_map[i, j].item() == pytest.approx(expected, rel=1e-10, abs=1e-12)
+    assert torch.equal(found.heat_map, found.heat_map.T)
+    for b, sequence in enumerate(sequences):
+        order = found.worst_order[b]
+        assert sorted(order.tolist()) == list(range(T))
+        assert order[len(sequence) :].tolist() == list(range(len(sequence), T))  # padding keeps its place
+        worst = change(answer, sequence, sequence[order[: len(sequence)]])
+        assert found.worst[b].item() == pytest.approx(worst, rel=1e-10, abs=1e-12)
+        every = [change(answer, sequence, sequence[list(o)]) for o in itertools.permutations(range(len(sequence)))]
+        assert found.max[b].item() <= worst + 1e-12
+        assert worst <= max(every) + 1e-12
+        assert min(every) - 1e-12 <= found.changes[:, b].min().item()
+
+
+def test_an_invariant_model_does_not_move() -> None:
+    found = sire_fast.inspect(lambda x: x.sum(0), torch.randn(T, B, 4, dtype=torch.float64))
+    assert found.worst.max() < 1e-14
+    assert found.heat_map.max() < 1e-14
+
+
+def test_orders_inside_blocks_leave_others_alone() -> None:
+    """Where order matters between the halves and not inside them, only the heat map crosses."""
+    x = torch.randn(6, B, 1, dtype=torch.float64)
+    found = sire_fast.inspect(lambda x: x[:3].sum(0) - x[3:].sum(0), x, boundaries=[0.5])
+    assert found.worst.max() < 1e-14
+    assert found.heat_map[0, 5] > 0.1
+    assert found.heat_map[0, 2] < 1e-14
+
+
+def test_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
+    layer = sire_fast.GRU(4, 6, swaps=sire_fast.swaps.Uniform(2))
+    head = nn.Sequential(nn.Linear(6, 2), nn.Dropout(0.5))
+    before, x = torch.get_rng_state(), torch.randn(T, B, 4, generator=torch.Generator().manual_seed(0))
+    first, second = (sire_fast.inspect(layer, x, through=head) for _ in range(2))
+    assert torch.equal(first.changes, second.changes)  # the dropout is off
+    assert torch.equal(before, torch.get_rng_state())
+    assert layer.training
+    assert head[1].training
+    assert not first.answer.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("model: expected a module or a function", {"model": 3}),
+        ("x: expected", {"x": torch.randn(4)}),
+        ("lengths: expected", {"lengths": torch.tensor([5, 2])}),
+        ("lengths: expected 1 <= length <= 5", {"lengths": torch.tensor([5, 2, 6])}),
+        ("orders: expected at least 1", {"orders": 0}),
+        ("model: expected answers of shape", {"model": lambda x: x.sum()}),
+        ("model: expected finite answers", {"model": lambda x: x[0] / 0}),
+    ],
+)
+def test_refuses(message: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        sire_fast.inspect(**{"model": lambda x: x[0], "x": torch.randn(T, B, 4)} | arguments)
+
+
+@pytest.mark.parametrize("steps", [2, 40])
+def test_the_picture_names_its_axes(steps: int, tmp_path: Path) -> None:
+    figure = sire_fast.inspect(lambda x: x[0], torch.randn(steps, B, 4)).draw()
+    assert {axes.get_xlabel() for axes in figure.axes} >= {"position i", "sequence, the most sensitive first"}
+    figure.savefig(tmp_path / "order.png")
+    assert (tmp_path / "order.png").stat().st_size > 1000
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = cli.run([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def test_inspects_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert command(capsys, "train", "parity", "--steps", 3, "--hidden", 4, "--out", out)[0] == 0
+    code, told, err = command(capsys, "inspect", out, "--length", 6, "--examples", 4)
+    assert (code, err) == (0, "")
+    assert "inspect.png" in told
+    result = json.loads((out / "inspect.json").read_text())
+    assert (result["length"], len(result["sequences"]), len(result["heat_map"])) == (6, 4, 6)
+    assert (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for arguments in ((tmp_path / "none",), (tmp_path, "--length", 1), (tmp_path, "--examples", 0)):
+        code, told, err = command(capsys, "inspect", *arguments)
+        assert (code, told, err.count("\n")) == (2, "", 1)
