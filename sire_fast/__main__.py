@@ -1,5 +1,6 @@
 """`python -m sire_fast` and the command `sire-fast`."""
 
+import os
 import sys
 
 
@@ -12,7 +13,13 @@ def main() -> None:
             raise
         print("sire-fast: the command line needs the extra train: pip install 'sire_fast[train]'", file=sys.stderr)
         sys.exit(2)
-    sys.exit(cli.run())
+    code = cli.run()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # at once: torchrun terminates processes that end later than the first with an error
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The command line: train, eval, inspect, bench, doctor and demo. Bad input ends with one line on stderr and exit code 2."""
+"""The command line: train, eval, inspect, bench, doctor, demo. Bad input ends with a line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
 from sire_fast.tasks import TASKS
-from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, write
+from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, of_all, write
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
@@ -56,21 +56,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
             _join_group()
             if arguments[:1] != ["train"]:
                 raise _UsageError(f"torchrun: expected the command train, got {' '.join(arguments[:1]) or 'none'}")
-        return app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
+        code = app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
     except _UsageError as error:
         _complain(error.format_message())
-        return 2
+        code = 2
     except (ArithmeticError, OSError) as error:
         _complain(error)
-        return 1
-    except (MemoryError, RuntimeError) as error:  # it may have struck this process alone
+        code = 1
+    except (MemoryError, RuntimeError) as error:  # it may have struck this process alone, which waits for no other
         print(_line(error), file=sys.stderr)
         return 1
     except (KeyboardInterrupt, typer.Abort):
-        return 130
-    finally:
-        if by_torchrun and distributed.is_initialized():
-            distributed.destroy_process_group()
+        code = 130
+    if by_torchrun and distributed.is_initialized():
+        distributed.destroy_process_group()
+    return code
 
 
 def _join_group() -> None:
@@ -119,9 +119,10 @@ def train_command(
             _check_resume(context, chosen, task)
         else:
             config = Config(**{field.name: context.params[field.name] for field in fields(Config)})
-            out = out or Path("runs", task)
-            chosen = Run(config, out)
-            by_first(lambda: claim(out, force))
+            chosen = Run(config, out or Path("runs", task))
+    if not resume:
+        with _bad_input():
+            by_first(lambda: claim(chosen.directory, force))
     try:
         with _progress() as progress:
             result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)
@@ -174,7 +175,8 @@ def inspect_command(
             report=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     config = chosen.config
-    _show_inspection(found, f"{config.task}, {config.cell}, {examples} sequences of length {length}")
+    title = f"{config.task}, {config.cell}, {examples} sequences of length {length}"
+    _show_inspection(found, title)
     result = {
         "task": config.task,
         "config": asdict(config),
@@ -189,6 +191,7 @@ def inspect_command(
         "versions": benchmark.versions(),
     }
     figure = found.draw()
+    figure.suptitle(title)
     text = json.dumps(result) + "\n"
     numbers, picture = (directory / name for name in _INSPECTED)
     write(numbers, lambda temporary: temporary.write_text(text))
@@ -433,11 +436,15 @@ def _check_file(path: Path) -> None:
 
 @contextmanager
 def _bad_input() -> Iterator[None]:
-    """Turn what is wrong with the user's input into an error that `run` tells in one line."""
+    """Turn what any process finds wrong with the user's input into an error that `run` tells in one line."""
+    wrong = None
     try:
         yield
     except (ArithmeticError, MemoryError, OSError, RuntimeError, ValueError) as error:
-        raise _UsageError(str(error)) from error
+        wrong = error
+    for message in of_all(wrong and str(wrong)):
+        if message is not None:
+            raise _UsageError(message) from wrong
 
 
 def _complain(message: object) -> None:

@@ -30,7 +30,6 @@ from typing import Any, TypeVar
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import sire_fast
 from sire_fast import benchmark, swaps
@@ -147,6 +146,14 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def of_all(value: Result) -> list[Result]:
+    """The value that each process gives."""
+    values = [value] * place()[1]
+    if len(values) > 1:
+        distributed.all_gather_object(values, value)
+    return values
+
+
 def by_first(action: Callable[[], Result]) -> Result:
     """Run something in the first process alone; what it returns or raises there, it returns or raises in all."""
     rank, processes = place()
@@ -197,14 +204,11 @@ class Run:
         self.config, self.directory = config, directory
         self.rank, self.processes = place()
         if config.batch % self.processes:
-            raise ValueError(f"batch: expected a multiple of {self.processes}, the processes, got {config.batch}")
+            raise ValueError(f"batch: expected a multiple of the {self.processes} processes, got {config.batch}")
         self.task = TASKS[config.task]
         torch.manual_seed(config.seed)
         self.data = torch.Generator().manual_seed(int(torch.randint(1 << 40, ())))
         self.model = Model(config).to(config.device)
-        self.shared: nn.Module = self.model  # called by this name, it gets gradients that are means over all processes
-        if self.processes > 1:
-            self.shared = DistributedDataParallel(self.model)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.trained_by = self.processes
         self.step = 0
@@ -226,8 +230,8 @@ class Run:
         """
         began = time.perf_counter()
         x, y = (t[..., self.rank :: self.processes].to(self.config.device) for t in self._batch())
-        self.shared.train()
-        task_loss = self.task.loss(self.shared(x), y)
+        self.model.train()
+        task_loss = self.task.loss(self.model(x), y)
         penalty = sire_fast.penalty(self.model) if self.model.layer.swaps else torch.zeros(())
         loss = task_loss + self.config.weight * penalty
         values = self._mean(task_loss.item(), penalty.item())
@@ -236,12 +240,23 @@ class Run:
             raise FloatingPointError(f"the loss is {value} after step {self.step}; a smaller lr may help")
         self.optimiser.zero_grad()
         loss.backward()
+        self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimiser.step()
         self.step += 1
         self.sums = [total + value for total, value in zip(self.sums, (*values, 1), strict=True)]
         self.seconds += time.perf_counter() - began
         return values
+
+    def _share_gradients(self) -> None:
+        """Make each gradient its mean over all processes."""
+        if self.processes == 1:
+            return
+        # as one sum in one order: DistributedDataParallel learns its order anew in a resumed run, and rounds otherwise
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        joined = nn.utils.parameters_to_vector(gradients)
+        distributed.all_reduce(joined)
+        nn.utils.vector_to_parameters(joined / self.processes, gradients)
 
     def _mean(self, *values: float) -> tuple[float, ...]:
         """The mean of each value over all processes."""
@@ -287,16 +302,9 @@ class Run:
             "seconds": self.seconds,
             "sums": self.sums,
             "data": self.data.get_state(),
-            "random": self._of_all(random),
+            "random": of_all(random),
         }
         by_first(lambda: write(self.directory / CHECKPOINT, lambda temporary: torch.save(state, temporary)))
-
-    def _of_all(self, value: Any) -> list[Any]:
-        """The value of each process."""
-        values = [value] * self.processes
-        if self.processes > 1:
-            distributed.all_gather_object(values, value)
-        return values
 
     @classmethod
     def load(cls, directory: Path, device: str | None = None) -> Run:
