@@ -68,6 +68,35 @@ def test_against_a_plain_loop(asked: tuple[Any, Any], lengths: Tensor | None) ->
         assert min(every) - 1e-12 <= found.changes[:, b].min().item()
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["", "lengths"])
+def test_a_layer_with_the_batch_in_front_answers_with_its_last_h(directions: int, lengths: Tensor | None) -> None:
+    """An LSTM has two last states, a second direction adds a row to each: either could be taken for the answer."""
+    layer = nn.LSTM(4, 6, batch_first=True, bidirectional=directions == 2).double()
+    x = torch.randn(B, T, 4, dtype=torch.float64)
+    found = sire_fast.inspect(layer, x, lengths=lengths, batch_first=True)
+    for b in range(B):
+        _, (h_n, _) = layer(x[b, : T if lengths is None else lengths[b]])
+        torch.testing.assert_close(found.answer[b], h_n.flatten(), rtol=0, atol=1e-12)
+
+
+def test_a_hook_is_part_of_the_model() -> None:
+    """The kernel would run past it."""
+    layer, x = sire_fast.GRU(4, 6), torch.randn(T, B, 4)
+    layer.register_forward_pre_hook(lambda _, arguments: (arguments[0].cumsum(0).mul(0), *arguments[1:]))
+    assert sire_fast.inspect(layer, x).worst.max() == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_progress_grows_to_its_end(steps: int) -> None:
+    seen: list[tuple[int, int]] = []
+    layer = sire_fast.GRU(4, 6)
+    sire_fast.inspect(layer, torch.randn(steps, B, 4), orders=3, rows=4, report=lambda *at: seen.append(at))
+    assert seen == sorted(seen)
+    assert len({total for _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][1]
+
+
 def test_an_invariant_model_does_not_move() -> None:
     found = sire_fast.inspect(lambda x: x.sum(0), torch.randn(T, B, 4, dtype=torch.float64))
     assert found.worst.max() < 1e-14
@@ -103,6 +132,8 @@ def test_leaves_the_model_and_the_random_numbers_as_they_were() -> None:
         ("lengths: expected", {"lengths": torch.tensor([5, 2])}),
         ("lengths: expected 1 <= length <= 5", {"lengths": torch.tensor([5, 2, 6])}),
         ("orders: expected at least 1", {"orders": 0}),
+        ("rows: expected at least 1", {"rows": 0}),
+        ("batch_first: expected False, which the layer has", {"model": nn.GRU(4, 6), "batch_first": True}),
         ("model: expected answers of shape", {"model": lambda x: x.sum()}),
         ("model: expected finite answers", {"model": lambda x: x[0] / 0}),
     ],
