@@ -424,7 +424,7 @@ def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
     if further:
         raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")
     if chosen.processes != chosen.trained_by:
-        expected = f"expected {chosen.trained_by} processes, with which the run was started"
+        expected = f"expected as many processes as the run was started with, {chosen.trained_by}"
         raise ValueError(f"torchrun: {expected}, got {chosen.processes}")
 
 
