@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import sire_fast
+import sire_fast.train
 from sire_fast.swaps import Uniform
 from sire_fast.tasks import TASKS
 from sire_fast.train import FILES, Config, Run, by_first, claim, of_all
@@ -169,6 +170,20 @@ def _runs(directory: Path) -> None:
         run.model.head.bias.fill_(torch.nan if distributed.get_rank() else 0.0)  # of one process alone
     with pytest.raises(FloatingPointError, match="the loss is nan after step 0"):
         run.advance()
+
+    # Ctrl-C while the first process evaluates and the other waits for it
+    run = Run(Config(**{**SETTINGS, "steps": 1}), directory)
+    sire_fast.train.evaluate = _interrupted_evaluation
+    if distributed.get_rank():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert of_all("here") == ["here"] * PROCESSES
+
+
+def _interrupted_evaluation(*_: object) -> None:
+    time.sleep(1)
+    raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
