@@ -1,0 +1,207 @@
+"""The penalty in other people's training loops and models. What needs a package that is missing is skipped.
+
+Each example learns the last number of a sequence, once as its user would have it and once with the penalty. Order
+decides that answer, so the penalty shows in how far another order still moves the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+import sire_fast
+from sire_fast.swaps import Uniform
+
+WEIGHT = 100.0  # of the penalty
+others_warn = pytest.mark.filterwarnings("ignore")  # their warnings are not ours to heed
+
+
+def data() -> TensorDataset:
+    x = torch.randn(64, 7, 1, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x, x[:, -1])
+
+
+def moved_by_swaps(fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """How far a swap moves the answers, without the layers' own swaps."""
+    x, _ = data().tensors
+    with torch.no_grad():
+        return sire_fast.swap_penalty(fn, x, Uniform(8), batch_first=True)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(1, 16, batch_first=True), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def optimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 40) -> nn.Module:
+    optimiser = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss().backward()
+        optimiser.step()
+    return model.eval()
+
+
+def test_plain_loop() -> None:
+    x, y = data().tensors
+    plain, sire = Model(), sire_fast.convert(Model(), swaps=Uniform(4), compare="end")
+    optimise(plain, lambda: mse_loss(plain(x), y))
+    optimise(sire, lambda: mse_loss(sire(x), y) + WEIGHT * sire_fast.penalty(sire))
+    assert moved_by_swaps(sire) < moved_by_swaps(plain) / 10
+
+
+@others_warn
+def test_lightning() -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            x, y = batch
+            return mse_loss(self.model(x), y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.Adam(self.parameters(), 0.02)
+
+    class SireModule(Module):
+        def training_step(self, *arguments: Any) -> Tensor:
+            loss = super().training_step(*arguments)
+            return loss + WEIGHT * sire_fast.penalty(self)
+
+    plain, sire = Module(), sire_fast.convert(SireModule(), swaps=Uniform(4), compare="end")
+    for module in (plain, sire):
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=20,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(data(), batch_size=32))
+        module.eval()
+    assert moved_by_swaps(sire.model) < moved_by_swaps(plain.model) / 10
+
+
+@others_warn
+def test_hugging_face_trainer(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")  # what its Trainer needs
+
+    class WithLoss(Model):
+        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = super().forward(inputs)
+            return {"loss": mse_loss(logits, labels), "logits": logits}
+
+        def answers(self, x: Tensor) -> Tensor:
+            return Model.forward(self, x)
+
+    class SireTrainer(transformers.Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            loss = loss + WEIGHT * sire_fast.penalty(model)  # 0 in evaluation
+            return (loss, outputs) if return_outputs else loss
+
+    rows = [{"inputs": x, "labels": y} for x, y in data()]
+    settings = transformers.TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        num_train_epochs=20,
+        per_device_train_batch_size=32,
+        learning_rate=0.02,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    plain, sire = WithLoss(), sire_fast.convert(WithLoss(), swaps=Uniform(4), compare="end")
+    for model, trainer in ((plain, transformers.Trainer), (sire, SireTrainer)):
+        trainer(model, settings, train_dataset=rows).train()
+        model.eval()
+    assert moved_by_swaps(sire.answers) < moved_by_swaps(plain.answers) / 10
+    x, y = data().tensors
+    evaluated = SireTrainer(sire, settings, eval_dataset=rows).evaluate()
+    assert evaluated["eval_loss"] == pytest.approx(mse_loss(sire.answers(x), y).item(), rel=1e-3)
+
+
+@others_warn
+@pytest.mark.parametrize("inside", [False, True], ids=["over-padding", "inside-lengths"])
+def test_pytorch_geometric(inside: bool) -> None:
+    geometric = pytest.importorskip("torch_geometric.nn")
+
+    class InsideLengths(geometric.GRUAggregation):
+        def forward(self, x, index=None, ptr=None, dim_size=None, dim=-2, max_num_elements=None) -> Tensor:
+            x, real = self.to_dense_batch(x, index, ptr, dim_size, dim, max_num_elements=max_num_elements)
+            return self.gru(x, lengths=real.sum(1).clamp(min=1))[1][-1]  # a node without neighbours reads one zero
+
+    class Graph(nn.Module):
+        def __init__(self, aggregation: type[nn.Module]) -> None:
+            super().__init__()
+            self.conv, self.head = geometric.SAGEConv(8, 16, aggr=aggregation(8, 8)), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return self.head(self.conv(x, edges))
+
+    counts = torch.arange(64) % 5  # neighbours of each node
+    to = torch.repeat_interleave(torch.arange(64), counts)
+    edges = torch.stack((torch.randint(64, to.shape), to))
+    reordered = torch.stack((edges[0, (-to).argsort(stable=True).flip(0)], to))  # each node's in reverse
+    x = torch.randn(64, 8)
+    last = edges[0, (counts.cumsum(0) - 1).clamp(min=0)]
+    y = x[last, :1] * (counts > 0)[:, None]
+
+    plain = Graph(geometric.GRUAggregation)
+    sire = sire_fast.convert(Graph(InsideLengths if inside else geometric.GRUAggregation), swaps=Uniform(4))
+    optimise(plain, lambda: mse_loss(plain(x, edges), y))
+    optimise(sire, lambda: mse_loss(sire(x, edges), y) + WEIGHT * sire_fast.penalty(sire))
+    with_sire, without = ((model(x, edges) - model(x, reordered)).square().mean() for model in (sire, plain))
+    assert with_sire < without / 10
+
+
+class Attention(nn.Module):
+    """Nothing that `convert` knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Linear(1, 8), nn.Parameter(torch.randn(7, 8))
+        self.block, self.head = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.embed(x) + self.places)[:, -1])
+
+
+class OwnCell(nn.Module):
+    """A loop over a cell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(1, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(len(x), 16)
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("kind", [Attention, OwnCell])
+def test_any_other_model(kind: type[nn.Module]) -> None:
+    x, y = data().tensors
+    plain, sire = kind(), kind()
+    optimise(plain, lambda: mse_loss(plain(x), y))
+    optimise(
+        sire, lambda: mse_loss(sire(x), y) + WEIGHT * sire_fast.swap_penalty(sire, x, Uniform(4), batch_first=True)
+    )
+    assert moved_by_swaps(sire) < moved_by_swaps(plain) / 10
