@@ -121,4 +121,8 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    for address, t in zip(addresses, tensors, strict=True):
+        if not address and t is not None and t.numel():  # as wrappers that shard parameters leave them
+            raise RuntimeError(f"cpu: a tensor of shape {tuple(t.shape)} has no memory: its storage was freed")
+    return addresses

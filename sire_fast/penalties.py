@@ -120,7 +120,7 @@ def swap_penalty(
 
 def _distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Squared distances of K pairs of (B, ...), as (B, K)."""
-    return (torch.stack(b, 1) - torch.stack(a, 1)).flatten(2).square().sum(-1)
+    return (torch.stack(b, 1) - torch.stack(a, 1)).unsqueeze(-1).flatten(2).square().sum(-1)
 
 
 def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], dim: int = 0) -> list[Tensor]:

@@ -575,3 +575,17 @@ def test_torchs_own_layer_where_it_is_faster() -> None:
     assert fused(layer, torch.randn(4, 64, 3))
     with backends.use("cpu"):
         assert fused(layer, x)
+
+
+def test_a_function_may_give_one_number_a_sequence() -> None:
+    x, pairs = torch.randn(6, 3, 2, dtype=torch.float64), Pairs(2, [(0, 3)])
+    flat, kept = (sire_fast.swap_penalty(fn, x, pairs) for fn in (lambda x: x[0, :, 0], lambda x: x[0, :, :1]))
+    torch.testing.assert_close(flat, kept)
+
+
+def test_freed_memory_is_an_error_and_no_crash() -> None:
+    layer = sire_fast.GRU(2, 3)
+    output, _ = layer(torch.randn(4, 2, 2))
+    layer.weight_hh_l0.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="its storage was freed"):
+        output.sum().backward()
