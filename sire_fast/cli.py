@@ -1,4 +1,7 @@
-"""The command line: train, eval, inspect, bench, doctor, demo. Bad input ends with a line on stderr and exit code 2."""
+"""The command line: train, eval, inspect, bench, reproduce, doctor, demo.
+
+Bad input ends with a line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,8 @@ from sire_fast import backends, benchmark, cpu
 from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
+from sire_fast.paper.report import rich_table
+from sire_fast.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.tasks import TASKS
 from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, of_all, write
 
@@ -257,6 +262,38 @@ def bench(
     if out:
         text = json.dumps(result, indent=2) + "\n"
         write(out, lambda temporary: temporary.write_text(text))
+
+
+@app.command("reproduce")
+def reproduce_command(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.", show_default=False)],
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, or about an hour.")] = "quick",
+    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 5 full")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="File or folder with MNIST or point clouds; generated or small ones if not given."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory.", show_default="runs/paper/PRESET")] = None,
+) -> None:
+    """Run an experiment of the paper and write NAME.md, NAME.png and NAME.json, with published numbers beside ours.
+
+    A stopped one goes on with the same command.
+    """
+    out = out or Path("runs", "paper", preset)
+    with _bad_input():
+        planned = plan(name, preset, seeds, data, out)
+    workers = os.cpu_count() or 1 if preset == "full" else 1
+    columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
+            bar = progress.add_task(f"{name}, trainings", total=len(planned) or None)
+            _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
+    except KeyboardInterrupt:
+        _complain(f"interrupted; the same command goes on: sire-fast reproduce {name} --preset {preset}")
+        raise typer.Exit(130) from None
+    for title, rows in tables:
+        _console.print(rich_table(title, rows))
+    _console.print(f"tables: {out / name}.md, picture: {out / name}.png, numbers: {out / name}.json")
 
 
 @app.command()

@@ -88,6 +88,25 @@ def _variance(x: Tensor) -> Tensor:
     return x.float().var(0, correction=0)
 
 
+def _max(x: Tensor) -> Tensor:
+    return x.amax(0).float()
+
+
+def _counts(x: Tensor) -> Tensor:
+    """How often each of the digits 0..9 stands in a sequence, (10, B)."""
+    return (x[None] == torch.arange(10)[:, None, None]).sum(1)
+
+
+def _unique_sum(x: Tensor) -> Tensor:
+    """Sum of the different digits."""
+    return ((_counts(x) > 0) * torch.arange(10)[:, None]).sum(0).float()
+
+
+def _unique_count(x: Tensor) -> Tensor:
+    """Number of different digits."""
+    return (_counts(x) > 0).sum(0).float()
+
+
 def _half_range(x: Tensor) -> Tensor:
     """Largest of the first half minus smallest of the second."""
     half = len(x) // 2
@@ -119,10 +138,10 @@ def _classes(n: int) -> dict[str, Any]:
     }
 
 
-def _number(scale: float, **metrics: Compare) -> dict[str, Any]:
+def _number(scale: float, vocabulary: int = 100, **metrics: Compare) -> dict[str, Any]:
     """A number of about the size `scale`, of which the model's output is the multiple."""
     return {
-        "vocabulary": 100,
+        "vocabulary": vocabulary,
         "outputs": 1,
         "loss": lambda outputs, y: l1_loss(outputs[:, 0], y / scale),
         "answer": lambda outputs: outputs * scale,
@@ -149,6 +168,17 @@ TASKS = {
     ),
     "variance": Task(
         "variance", _variance, train_lengths=_SHORT, test_lengths=_LONGER, **_number(1000, mse=_mse, mae=_mae)
+    ),
+    "max": Task("largest digit", _max, train_lengths=_SHORT, test_lengths=_LONGER, **_number(10, 9, **_EXACT)),
+    "unique-sum": Task(
+        "sum of the different digits", _unique_sum, train_lengths=(10,), test_lengths=(10,), **_number(10, 10, **_EXACT)
+    ),
+    "unique-count": Task(
+        "number of different digits",
+        _unique_count,
+        train_lengths=(10,),
+        test_lengths=(10,),
+        **_number(10, 10, **_EXACT),
     ),
     "half-range": Task(
         "largest of the first half minus smallest of the second",

@@ -1,0 +1,238 @@
+"""Which trainings make a figure or a table, and what has been published of it.
+
+The figures of the paper are pictures without numbers, so that only its tables are quoted. Protocols: sum, range,
+variance, unique sum and unique count as Murphy et al., "Janossy Pooling", ICLR 2019, with fewer steps; the rest of
+the settings, weights among them, is ours, since the paper's are not public. No weight was chosen by test results:
+0.1 unless an experiment shows several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from sire_fast import benchmark
+from sire_fast.benchmark import Setting
+from sire_fast.paper.trials import Trial
+
+QUICK_SETTINGS = 2  # of an experiment in the quick preset
+
+
+class Case(NamedTuple):
+    """A row of a table: what is learned, how, and the trial, without its seed."""
+
+    setting: str
+    method: str
+    trial: Trial
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A figure or a table.
+
+    Attributes:
+        about: its question.
+        cases: its rows.
+        picture: "lengths" (a curve for each method), "bars", "history" (validation against seconds) or "heat map".
+        published: (setting, method) -> accuracy, from the paper.
+        reach: a test length at which the share of seeds with an accuracy of at least 0.99 is told.
+        targets: validation accuracies to which epochs and seconds are told.
+    """
+
+    about: str
+    cases: Callable[[], Iterator[Case]]
+    picture: str = "lengths"
+    published: dict[tuple[str, str], float] = field(default_factory=dict)
+    reach: str | None = None
+    targets: tuple[float, ...] = ()
+
+
+def quick(cases: list[Case]) -> list[Case]:
+    """The first settings, so small that they take seconds: to see that everything runs."""
+    settings = list(dict.fromkeys(case.setting for case in cases))[:QUICK_SETTINGS]
+    return [case._replace(trial=_small(case.trial)) for case in cases if case.setting in settings]
+
+
+def _small(trial: Trial) -> Trial:
+    return replace(
+        trial,
+        steps=10,
+        seconds=0.0,
+        batch=16,
+        hidden=8,
+        examples=min(trial.examples, 100),
+        train_lengths=trial.train_lengths[:9],
+        test_lengths=trial.test_lengths[:2],
+    )
+
+
+def _recurrent(cell: str, name: str, half: bool = False) -> dict[str, dict[str, Any]]:
+    """A recurrent network without penalty, shuffled, with SIRE in both compares, and with the authors' sampling."""
+    base = {"model": cell, "cell": cell}
+    pairs = "blocks:4:0.5" if half else "uniform:4"
+    return {
+        name: base,
+        f"{name}, shuffled": base | {"fresh": True},
+        f"{name}, SIRE at the end": base | {"swaps": pairs},
+        f"{name}, SIRE at the swap": base | {"swaps": "adjacent:all", "compare": "swap"},
+        f"{name}, SIRE as published": base | {"swaps": "published", "compare": "swap"},
+    }
+
+
+_DEEP_SETS = {f"DeepSets ({reduce})": {"model": f"deepsets-{reduce}"} for reduce in ("sum", "mean", "max")}
+_SET_TRANSFORMERS = {"Set Transformer (SAB)": {"model": "sab"}, "Set Transformer (ISAB)": {"model": "isab"}}
+_TO_100 = (5, 10, 20, 30, 40, 50, 75, 100)
+
+
+def _figure1() -> Iterator[Case]:
+    methods = _recurrent("gru", "GRU") | _DEEP_SETS | {"DeepSets (product)": {"model": "deepsets-prod"}}
+    for examples in (100, 100_000):
+        for hidden in (8, 3, 100):
+            common = {"hidden": hidden, "examples": examples, "steps": 6000, "seconds": 8.0, "lr": 3e-3}
+            lengths = {"test_lengths": (10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200)}
+            for method, changes in methods.items():
+                setting = f"H = {hidden}, {examples} sequences"
+                yield Case(setting, method, Trial("parity", **common, **lengths, **changes))
+
+
+def _figure2() -> Iterator[Case]:
+    methods = _recurrent("lstm", "LSTM") | {"DeepSets (sum)": {"model": "deepsets-sum"}}
+    janossy = {"LSTM, 20 orders (Janossy)": {"model": "janossy", "cell": "lstm"}}
+    common = {"cell": "lstm", "hidden": 50, "examples": 100_000, "batch": 128, "steps": 8000, "seconds": 12.0}
+    for name, n in (("sum", 5), ("range", 5), ("variance", 10), ("unique-sum", 10), ("unique-count", 10), ("max", 9)):
+        for method, changes in (methods | janossy).items():
+            lengths = {"train_lengths": (n,), "test_lengths": (n,)}
+            yield Case(f"{name} of {n}", method, Trial(name, **(common | lengths | changes)))
+    for name in ("sum", "range", "variance"):
+        for method, changes in methods.items():
+            lengths = {"train_lengths": tuple(range(2, 11)), "test_lengths": _TO_100}
+            yield Case(f"{name} of 2 to 10", method, Trial(name, **(common | lengths | changes)))
+
+
+def _half_range() -> Iterator[Case]:
+    methods: dict[str, dict[str, Any]] = {"GRU": {}, "GRU, shuffled inside the halves": {"fresh": True}}
+    for weight in (0.001, 0.01, 0.1, 1.0):
+        methods[f"SIRE inside the halves, weight {weight}"] = {"swaps": "blocks:4:0.5", "weight": weight}
+        methods[f"SIRE anywhere, weight {weight}"] = {"swaps": "uniform:4", "weight": weight}
+    for examples in (1000, 100_000):
+        common = {"hidden": 64, "examples": examples, "steps": 8000, "seconds": 15.0}
+        for method, changes in methods.items():
+            yield Case(f"{examples} sequences", method, Trial("half-range", **common, **changes))
+
+
+def _swaps() -> Iterator[Case]:
+    end = [f"uniform:{k}" for k in (1, 2, 4, 8, 16)] + ["adaptive:uniform:4"]
+    swap = [f"adjacent:{k}" for k in (1, 2, 4, 8, "all")] + ["adaptive:adjacent:4"]
+    methods: dict[str, dict[str, Any]] = {"none": {}, "none, shuffled": {"fresh": True}}
+    methods |= {f"{s} at the end": {"swaps": s} for s in end}
+    methods |= {f"{s} at the swap": {"swaps": s, "compare": "swap"} for s in swap}
+    for problem, n, hidden in (("parity", 10, 32), ("range", 10, 64), ("range", 50, 64)):
+        common = {"hidden": hidden, "examples": 1000 if problem == "range" else 100, "steps": 5000, "seconds": 20.0}
+        lengths = {"train_lengths": (n,), "test_lengths": (n, 2 * n)}
+        for method, changes in methods.items():
+            yield Case(f"{problem} of {n}", method, Trial(problem, **common, **lengths, **changes))
+
+
+def _convergence() -> Iterator[Case]:
+    common = {"hidden": 80, "examples": 100_000, "steps": 6000, "until": 0.99}
+    for setting, lengths in (("range of 2 to 100", tuple(range(2, 101))), ("range of 100", (100,))):
+        for method, changes in _recurrent("gru", "GRU").items():
+            trial = Trial("range", train_lengths=lengths, test_lengths=(10, 50, 100), **common, **changes)
+            yield Case(setting, method, trial)
+
+
+def _lp_mnist() -> Iterator[Case]:
+    base = {"model": "rnn", "cell": "rnn", "hidden": 128}
+    methods = {
+        "RNN": base,
+        "RNN, perturbed anew": base | {"fresh": True},
+        "SIRE, many swaps at once": base | {"swaps": "local:1176", "weight": 0.01},
+        "SIRE, some swaps at once": base | {"swaps": "local:200", "weight": 0.1},
+        "SIRE, one swap each": base | {"swaps": "neighbours:4", "weight": 1.0},
+        "SIRE on rows (control)": base | {"swaps": "adjacent:4", "compare": "swap"},
+        "CNN": {"model": "cnn"},
+    }
+    for method, changes in methods.items():
+        yield Case("1.5 swaps a pixel", method, Trial("lp-mnist", batch=128, steps=6000, seconds=60.0, **changes))
+
+
+def _points() -> Iterator[Case]:
+    sire = {"swaps": "adjacent:8", "compare": "swap", "fresh": True}
+    published = {"swaps": "published", "compare": "swap", "fresh": True, "weight": 1.0}
+    methods = {
+        "DeepSets (max)": {"model": "deepsets-max"},
+        "GRU, shuffled": {"fresh": True},
+        "SIRE": sire,
+        "SIRE as published": published,
+        "Set Transformer (ISAB)": {"model": "isab"},
+    }
+    for n, hidden, steps in ((100, 128, 2500), (1000, 64, 1000)):
+        common = {"hidden": hidden, "steps": steps, "seconds": 150.0, "train_lengths": (n,)}
+        for method, changes in methods.items():
+            yield Case(f"{n} points", method, Trial("points", **common, **changes))
+
+
+def _rivals() -> Iterator[Case]:
+    sire = {key: value for key, value in _recurrent("gru", "GRU").items() if "shuffled" in key or "at the end" in key}
+    methods = sire | _DEEP_SETS | _SET_TRANSFORMERS | {"GRU, 20 orders (Janossy)": {"model": "janossy"}}
+    for problem in ("parity", "sum", "range", "variance", "max"):
+        common = {"hidden": 64, "examples": 100_000, "steps": 4000, "seconds": 20.0}
+        for method, changes in methods.items():
+            trial = Trial(problem, train_lengths=tuple(range(2, 11)), test_lengths=_TO_100, **common, **changes)
+            yield Case(f"{problem} of 2 to 10", method, trial)
+
+
+def _lengths() -> Iterator[Case]:
+    methods = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE at the end": {"swaps": "uniform:4"}}
+    for longest in (5, 10, 20, 50, 100):
+        common = {"hidden": 64, "examples": 100_000, "steps": 5000}
+        for method, changes in methods.items():
+            lengths = {"train_lengths": tuple(range(2, longest + 1)), "test_lengths": (5, 10, 20, 50, 100, 200)}
+            yield Case(f"trained on 2 to {longest}", method, Trial("range", **common, **lengths, **changes))
+
+
+EXPERIMENTS = {
+    "figure1": Experiment("parity of longer sequences than trained on", _figure1, reach="100"),
+    "figure2": Experiment("sums, ranges and other statistics of numbers", _figure2),
+    "table1": Experiment(
+        "classes of point clouds",
+        _points,
+        "bars",
+        {
+            ("100 points", "DeepSets (max)"): 0.825,
+            ("100 points", "SIRE"): 0.835,
+            ("1000 points", "DeepSets (max)"): 0.872,
+            ("1000 points", "SIRE"): 0.878,
+        },
+    ),
+    "half-range": Experiment("largest of one half minus smallest of the other: order matters in part", _half_range),
+    "lp-mnist": Experiment(
+        "digits whose neighbouring pixels have changed places",
+        _lp_mnist,
+        "bars",
+        {
+            ("1.5 swaps a pixel", "RNN"): 0.87,
+            ("1.5 swaps a pixel", "CNN"): 0.96,
+            ("1.5 swaps a pixel", "SIRE, many swaps at once"): 0.977,
+        },
+    ),
+    "swaps": Experiment("how many swaps are needed, fixed or adaptive", _swaps),
+    "convergence": Experiment(
+        "epochs and seconds until a range is learned", _convergence, "history", targets=(0.5, 0.9, 0.95, 0.99)
+    ),
+    "lengths": Experiment("length of training against length of the test", _lengths, "heat map"),
+    "rivals": Experiment("all tasks against models that ignore order by construction", _rivals),
+}
+
+
+def cost(is_quick: bool) -> dict[str, Any]:
+    """What the penalty costs in a training step: every way to compute it, timed side by side."""
+    size = {"T": 10, "B": 4, "I": 8, "H": 8} if is_quick else {"T": 100, "B": 64, "I": 256, "H": 256}
+    rows = []
+    for swaps in ("adjacent:1", "adjacent:8", "adjacent:all"):
+        setting = Setting("GRU", **size, swaps=swaps, compare="swap")
+        contest = {name: benchmark.Step(setting, name) for name in benchmark.contestants(setting)}
+        seconds = benchmark.measure(contest, 2 if is_quick else 12)
+        rows.append(benchmark.summary(setting, seconds, dict.fromkeys(contest)))
+    return {"experiment": "cost", "settings": rows}

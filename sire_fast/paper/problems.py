@@ -1,0 +1,215 @@
+"""What is learned: batches, loss, the orders that may be exchanged, and measures on held-out examples.
+
+A problem has, for the one loop in trials.py:
+
+    inputs, outputs, source, epoch        sizes, where its data come from, examples in an epoch (0: all are new)
+    batch(n, generator) -> x, y           x (T, n, ...) and right answers (n)
+    loss(outputs (n, O), y) -> scalar
+    reorder(x, generator) -> x            in a random order that leaves the answers alone
+    penalty(model) -> scalar              of the model's last forward
+    validate(model) -> float              the metric on examples that are neither trained nor tested on
+    evaluate(model) -> metrics, order_sensitivity   as sire_fast.train.evaluate
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import sire_fast
+from sire_fast import swaps, train
+from sire_fast.baselines import shuffled
+from sire_fast.paper.data import Split, local_orders, neighbours
+from sire_fast.tasks import Task
+
+LOCAL_SWAPS = 1176  # 1.5 for each pixel of MNIST: with as many a CNN reaches 96 % and a row RNN 87 %, as published
+_CHUNK = 4096  # images perturbed at once: their swaps take memory
+_DATA_SEED = 1 << 43  # of perturbed images: the same for every trial
+_ORDERS = 5  # random orders of test examples whose order sensitivity is measured
+_SHARE = 10  # one of so many training examples is held out for validation
+
+
+class Numbers(nn.Module):
+    """Fixed random features of whole numbers before a model of sequences (T, B, I); Murphy et al."""
+
+    def __init__(self, vocabulary: int, body: nn.Module) -> None:
+        super().__init__()
+        self.register_buffer("features", torch.rand(vocabulary, train.EMBEDDING) - 0.5)
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.features[x])
+
+
+class Sequences:
+    """A task of sire_fast.tasks.
+
+    Args:
+        task: the task.
+        examples: number of training sequences, shared out evenly among the lengths; 0 for new ones at every step.
+        generator: draws them.
+    """
+
+    inputs, source = train.EMBEDDING, "generated sequences"
+
+    def __init__(self, task: Task, examples: int, generator: torch.Generator) -> None:
+        self.task, self.outputs, self.loss, self.reorder = task, task.outputs, task.loss, task.reorder
+        share = examples // len(task.train_lengths)
+        self.epoch = share * len(task.train_lengths)
+        self._examples = [task.sample(length, share, generator) for length in task.train_lengths if share]
+
+    def wrap(self, body: nn.Module) -> nn.Module:
+        return Numbers(self.task.vocabulary, body)
+
+    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        which = int(torch.randint(len(self.task.train_lengths), (), generator=generator))
+        if not self.epoch:
+            return self.task.sample(self.task.train_lengths[which], n, generator)
+        x, y = self._examples[which]
+        chosen = torch.randint(len(y), (n,), generator=generator)
+        return x[:, chosen], y[chosen]
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        return sire_fast.penalty(model)
+
+    def validate(self, model: nn.Module) -> float:
+        return train._validate(model, self.task)
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        return train.evaluate(model, self.task)
+
+
+class Classes:
+    """Examples in classes: point clouds, of which a trial reads some points, in a new draw at every step.
+
+    Args:
+        split: examples (N, P, I).
+        elements: how many of the P elements a model reads.
+    """
+
+    def __init__(self, split: Split, elements: int) -> None:
+        self.source, self.outputs, self.inputs = split.source, split.classes, split.x.shape[-1]
+        order = torch.randperm(len(split.x), generator=torch.Generator().manual_seed(_DATA_SEED))
+        held, kept = order.split([len(order) // _SHARE, len(order) - len(order) // _SHARE])
+        self._train, self._held = (split.x[kept], split.y[kept]), (split.x[held], split.y[held])
+        self._test = split.test_x, split.test_y
+        self.elements, self.epoch = elements, len(kept)
+
+    def wrap(self, body: nn.Module) -> nn.Module:
+        return body
+
+    def read(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Examples (n, P, I) -> sequences (T, n, I): some elements, the same of all."""
+        return x[:, torch.randperm(x.shape[1], generator=generator)[: self.elements]].transpose(0, 1)
+
+    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, y = self._train
+        chosen = torch.randint(len(y), (n,), generator=generator)
+        return self.read(x[chosen], generator), y[chosen]
+
+    def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(outputs, y)
+
+    def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return shuffled(x, generator)
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        return sire_fast.penalty(model)
+
+    def validate(self, model: nn.Module) -> float:
+        return self._measure(model, self._held, 0)["accuracy"]
+
+    def evaluate(self, model: nn.Module) -> dict[str, Any]:
+        found = self._measure(model, self._test, _ORDERS)
+        largest = found.pop("largest_change")
+        return {
+            "metrics": {"test": found},
+            "order_sensitivity": {"mean": found["order_sensitivity"], "max": largest},
+        }
+
+    @torch.no_grad()
+    def _measure(self, model: nn.Module, examples: tuple[Tensor, Tensor], orders: int) -> dict[str, float]:
+        """Accuracy, and the change of the classes' probabilities in random orders."""
+        generator = torch.Generator().manual_seed(_DATA_SEED)
+        right, changes = [], []
+        for x, y in zip(*(part.split(256) for part in examples), strict=True):
+            x = self.read(x, generator)
+            answers = model(x).softmax(-1)
+            right.append(answers.argmax(-1) == y)
+            for _ in range(orders):
+                changes.append((model(self.reorder(x, generator)).softmax(-1) - answers).abs().flatten())
+        found = {"accuracy": torch.cat(right).float().mean().item()}
+        if orders:
+            change = torch.cat(changes)
+            found |= {"order_sensitivity": change.mean().item(), "largest_change": change.max().item()}
+        return found
+
+
+class LocalImages(Classes):
+    """Images in which random neighbouring pixels have changed places (locally perturbed MNIST); read by rows.
+
+    Args:
+        split: images (N, H, W).
+        sampler: "none"; "local:N" compares states for an image and for the image after N more swaps of neighbours;
+            "neighbours:K" for K images with one swap each; anything else swaps rows, in the layer.
+    """
+
+    def __init__(self, split: Split, sampler: str) -> None:
+        self.height, self.width = split.x.shape[1:]
+        pixels = self.height * self.width
+        self.pairs = neighbours(self.height, self.width)
+        self.local_swaps = LOCAL_SWAPS * pixels // 784
+        generator = torch.Generator().manual_seed(_DATA_SEED)
+        split = split._replace(x=self._perturbed(split.x, generator), test_x=self._perturbed(split.test_x, generator))
+        super().__init__(split, self.height)
+        self.source += f", {self.local_swaps} swaps of neighbouring pixels in each"
+        kind, _, count = sampler.partition(":")
+        self._kind, self._seen = kind, None
+        more = int(count) if kind == "local" else self.local_swaps
+        # composed once: a batch would take longer to perturb than to learn from
+        self._orders = local_orders(swaps.Pairs(more, self.pairs)(pixels, 1024, generator), pixels)
+        self._single = swaps.Pairs(int(count), self.pairs) if kind == "neighbours" else None
+
+    def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        sampler, flat = swaps.Pairs(self.local_swaps, self.pairs), images.flatten(1)
+        parts = [
+            part.gather(1, local_orders(sampler(part.shape[1], len(part), generator), part.shape[1]))
+            for part in flat.split(_CHUNK)
+        ]
+        return torch.cat(parts).view(images.shape)
+
+    def read(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return x.transpose(0, 1)
+
+    def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        x, y = super().batch(n, generator)
+        self._seen = x
+        return x, y
+
+    def reorder(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        chosen = self._orders[torch.randint(len(self._orders), (x.shape[1],), generator=generator)]
+        return self._rows(self._pixels(x).gather(0, chosen.T))
+
+    def penalty(self, model: nn.Module) -> Tensor:
+        if self._kind not in ("local", "neighbours"):
+            return super().penalty(model)
+
+        def state(pixels: Tensor) -> Tensor:
+            return model.layer(self._rows(pixels))[0][-1]
+
+        pixels = self._pixels(self._seen)
+        if self._single:
+            return sire_fast.swap_penalty(state, pixels, self._single)
+        perturbed = self._pixels(self.reorder(self._seen))
+        a, b = state(torch.cat((pixels, perturbed), 1)).chunk(2)
+        return (a - b).square().sum(-1).mean()
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        """Rows (H, B, W) -> pixels (H * W, B)."""
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def _rows(self, pixels: Tensor) -> Tensor:
+        return pixels.unflatten(0, (self.height, self.width)).transpose(1, 2)

@@ -1,0 +1,271 @@
+"""Tables, a picture and JSON from the results of an experiment's trials."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from sire_fast.paper.experiments import Case, Experiment
+
+BUDGETS = {"steps": "after equal steps", "seconds": "after equal time"}
+_OURS, _RIVALS = ("#00798c", "#3d5a80", "#52b69a", "#168aad"), ("#d1495b", "#edae49", "#9a7fa0", "#b08968", "#a5a58d")
+
+
+def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: Sequence[Sequence[dict]]) -> dict:
+    """What the result file of an experiment holds.
+
+    Args:
+        name, experiment: which.
+        cases: its rows.
+        results: of each row, what trials.run returned for each seed.
+    """
+    rows = []
+    for case, runs in zip(cases, results, strict=True):
+        for budget in BUDGETS:
+            if budget == "seconds" and not case.trial.seconds:
+                continue
+            found = [run[budget] for run in runs]
+            metric = next(iter(next(iter(found[0]["metrics"].values()))))
+            columns = {c: _spread([f["metrics"][c][metric] for f in found]) for c in found[0]["metrics"]}
+            row = {
+                "setting": case.setting,
+                "method": case.method,
+                "budget": budget,
+                "metric": metric,
+                "columns": columns,
+                "order_sensitivity": _spread([f["order_sensitivity"]["mean"] for f in found]),
+                "largest_change": max(f["order_sensitivity"]["max"] for f in found),
+                "parameters": runs[0]["parameters"],
+                "step": _spread([f["step"] for f in found]),
+                "seconds": _spread([f["seconds"] for f in found]),
+            }
+            if runs[0]["adaptive_swaps"]:
+                swaps = [run["adaptive_swaps"] / run["history"][-1]["step"] / case.trial.batch for run in runs]
+                row["swaps_a_step"] = _spread(swaps)
+            if experiment.reach in columns:
+                row["reached"] = [f["metrics"][experiment.reach][metric] >= 0.99 for f in found]
+            if experiment.targets:
+                row["targets"] = {
+                    str(target): [_reaching(run, target) for run in runs] for target in experiment.targets
+                }
+            published = experiment.published.get((case.setting, case.method))
+            if published is not None:
+                row["published"] = published
+                row["gap"] = columns["test"]["mean"] - published
+            rows.append(row)
+    first = results[0][0]
+    return {
+        "experiment": name,
+        "about": experiment.about,
+        "seeds": [run["trial"]["seed"] for run in results[0]],
+        "source": first["source"],
+        "machine": first["machine"],
+        "rows": rows,
+        "history": [
+            {"setting": case.setting, "method": case.method, "runs": [run["history"] for run in runs]}
+            for case, runs in zip(cases, results, strict=True)
+        ],
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+
+
+def _reaching(run: dict[str, Any], target: float) -> dict[str, float] | None:
+    """Epochs and seconds until validation reaches a target; None if it never does."""
+    for line in run["history"]:
+        if line["validation"] >= target:
+            return {"epochs": line["step"] * run["trial"]["batch"] / run["epoch"], "seconds": line["seconds"]}
+    return None
+
+
+def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """Titles and rows, headings first, of an experiment's tables: one for each setting and budget."""
+    made: dict[str, list[list[str]]] = {}
+    for row in found["rows"]:
+        title = f"{row['setting']}, {BUDGETS[row['budget']]}: {row['metric']}"
+        cells = {"": row["method"]} | {c: _number(v) for c, v in row["columns"].items()}
+        if "published" in row:
+            cells |= {"published": f"{row['published']:.3f}", "gap": f"{row['gap']:+.3f}"}
+        elif any("published" in r for r in found["rows"] if r["setting"] == row["setting"]):
+            cells |= {"published": "-", "gap": "-"}
+        if "reached" in row:
+            cells["seeds >= 0.99 at 100"] = f"{sum(row['reached'])} of {len(row['reached'])}"
+        for target, times in row.get("targets", {}).items():
+            cells[f"to {target}: epochs, s"] = _times(times)
+        if any("swaps_a_step" in r for r in found["rows"]):
+            cells["swaps a step"] = f"{row['swaps_a_step']['mean']:.1f}" if "swaps_a_step" in row else "fixed"
+        cells |= {
+            "order sensitivity": f"{row['order_sensitivity']['mean']:.2g}",
+            "largest": f"{row['largest_change']:.2g}",
+            "parameters": str(row["parameters"]),
+            "steps": f"{row['step']['mean']:.0f}",
+            "seconds": f"{row['seconds']['mean']:.1f}",
+        }
+        made.setdefault(title, [list(cells)]).append(list(cells.values()))
+    return list(made.items())
+
+
+def _number(value: dict[str, float]) -> str:
+    return (
+        f"{value['mean']:.3g} ± {value['sd']:.2g}"
+        if value["mean"] >= 10
+        else f"{value['mean']:.3f} ± {value['sd']:.3f}"
+    )
+
+
+def _times(times: list[dict[str, float] | None]) -> str:
+    reached = [t for t in times if t]
+    if not reached:
+        return f"never (0 of {len(times)})"
+    epochs, seconds = (statistics.fmean(t[key] for t in reached) for key in ("epochs", "seconds"))
+    return f"{epochs:.2f}, {seconds:.1f} ({len(reached)} of {len(times)})"
+
+
+def cost_tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """As `tables`, of what experiments.cost returns."""
+    made = []
+    for entry in found["settings"]:
+        s = entry["setting"]
+        rows = [["", "ms", "times torch.nn without SIRE"]]
+        for name, row in entry["contestants"].items():
+            rows.append([name, f"{1e3 * row['seconds']['median']:.2f}", f"{row['ratio_to_plain']['median']:.2f}"])
+        made.append((f"{s['cell']} T={s['T']} B={s['B']} H={s['H']}, {s['swaps']}", rows))
+    return made
+
+
+def markdown(title: str, notes: Sequence[str], made: list[tuple[str, list[list[str]]]]) -> str:
+    """A page of tables."""
+    parts = [f"# {title}", *notes]
+    for caption, (headings, *rows) in made:
+        rule = ["---", *["---:"] * (len(headings) - 1)]
+        lines = (" | ".join(cells) for cells in (headings, rule, *rows))
+        parts += [f"**{caption}**", "\n".join(f"| {line} |" for line in lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def rich_table(caption: str, rows: list[list[str]]) -> Table:
+    table = Table(title=caption)
+    for n, heading in enumerate(rows[0]):
+        table.add_column(heading, justify="right" if n else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    return table
+
+
+def picture(found: dict[str, Any], kind: str) -> Figure:
+    """A figure for a talk; kind as in Experiment.picture."""
+    rows = [row for row in found["rows"] if row["budget"] == "steps"]
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    panels = methods if kind == "heat map" else settings
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.6 * columns + 2.6, 3.5 * lines + 0.8), layout="constrained")
+    figure.suptitle(found["about"], fontweight="bold")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    styles = _styles(methods)
+    for axes, panel in zip(grid, panels, strict=False):
+        axes.set_title(panel, loc="left", fontsize=10)
+        if kind == "heat map":
+            _heat_map(axes, [row for row in rows if row["method"] == panel])
+            continue
+        if kind == "history":
+            _history(axes, [entry for entry in found["history"] if entry["setting"] == panel], styles)
+        else:
+            here = [row for row in rows if row["setting"] == panel]
+            one = all(len(row["columns"]) == 1 for row in here)
+            (_bars if kind == "bars" or one else _curves)(axes, here, styles)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles: dict[str, Any] = {}
+    for axes in grid[: len(panels)]:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if handles:
+        figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
+    """SIRE in cold colours and full lines, its rivals in warm ones and dashed."""
+    counts = {True: 0, False: 0}
+    styles = {}
+    for method in methods:
+        ours = any(word in method for word in ("SIRE", "uniform", "adjacent"))
+        colours, n = _OURS if ours else _RIVALS, counts[ours]
+        counts[ours] += 1
+        styles[method] = {
+            "color": colours[n % len(colours)],
+            "linestyle": "-" if ours else "--",
+            "linewidth": 2.4 if ours else 1.6,
+            "marker": "osD^vP"[n // len(colours) % 6],
+            "markersize": 4,
+        }
+    return styles
+
+
+def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+    for row in rows:
+        lengths = [int(c) for c in row["columns"]]
+        mean, sd = ([v[key] for v in row["columns"].values()] for key in ("mean", "sd"))
+        axes.plot(lengths, mean, label=row["method"], **styles[row["method"]])
+        band = [[m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
+        axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
+    axes.set(xlabel="length of the test sequences", ylabel=rows[0]["metric"])
+    if rows[0]["metric"] == "mse":
+        axes.set_yscale("log")
+
+
+def _bars(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+    for n, row in enumerate(rows):
+        (value,) = row["columns"].values()
+        axes.barh(-n, value["mean"], xerr=value["sd"], color=styles[row["method"]]["color"], height=0.7)
+        if "published" in row:
+            axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label="published")
+    axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
+    axes.set_xlabel(rows[0]["metric"])
+    if rows[0]["metric"] == "mse":
+        axes.set_xscale("log")
+
+
+def _history(axes: Axes, entries: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+    for entry in entries:
+        for n, lines in enumerate(entry["runs"]):
+            style = styles[entry["method"]] | {"marker": None, "alpha": 0.8}
+            label = None if n else entry["method"]
+            axes.plot([p["seconds"] for p in lines], [p["validation"] for p in lines], label=label, **style)
+    axes.set(xlabel="seconds of training on a core", ylabel="validation accuracy", ylim=(0, 1.02))
+
+
+def _heat_map(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    values = [[v["mean"] for v in row["columns"].values()] for row in rows]
+    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=8)
+    axes.set_xticks(range(len(values[0])), list(rows[0]["columns"]))
+    axes.set_yticks(range(len(rows)), [row["setting"].removeprefix("trained on ") for row in rows])
+    axes.set(xlabel="test length", ylabel="training lengths")
+
+
+def cost_picture(found: dict[str, Any]) -> Figure:
+    """Time of a training step of each contestant, a panel for each setting."""
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    figure.suptitle("A training step, times torch.nn without SIRE", fontweight="bold")
+    for axes, entry in zip(figure.subplots(1, len(found["settings"])), found["settings"], strict=True):
+        names = list(entry["contestants"])
+        ratios = [row["ratio_to_plain"]["median"] for row in entry["contestants"].values()]
+        colours = [_OURS[0] if name.startswith("sire_fast") else _RIVALS[-1] for name in names]
+        axes.barh(names[::-1], ratios[::-1], color=colours[::-1])
+        axes.axvline(1, color="k", linewidth=1)
+        axes.set_title(entry["setting"]["swaps"], loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

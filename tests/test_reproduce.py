@@ -1,0 +1,175 @@
+"""The experiments: small runs, resumption, what the files hold, and the data they read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from sire_fast import cli
+from sire_fast.paper import data, experiments, report, reproduce, trials
+from sire_fast.paper.experiments import EXPERIMENTS
+from sire_fast.paper.trials import Trial
+
+TINY = Trial("parity", hidden=4, steps=3, batch=4, examples=20, test_lengths=(4,))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["half-range", "cost"])
+def test_quick_presets(tmp_path, name, capsys):
+    assert cli.run(["reproduce", name, "--out", str(tmp_path)]) == 0
+    page = (tmp_path / f"{name}.md").read_text()
+    assert "numbers mean nothing" in page
+    found = json.loads((tmp_path / f"{name}.json").read_text())
+    for row in found.get("rows", []):
+        assert row["method"] in page
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert name in capsys.readouterr().out
+
+
+def test_a_stopped_experiment_goes_on_with_what_lacks(tmp_path):
+    paths = [(tmp_path / f"{seed}.json", replace(TINY, seed=seed)) for seed in range(3)]
+    trials.run_all(paths[:1], 1, lambda: None)
+    before = paths[0][0].stat().st_mtime_ns
+    counted = []
+    trials.run_all(paths, 2, lambda: counted.append(1))
+    assert len(counted) == 3
+    assert paths[0][0].stat().st_mtime_ns == before
+    assert all(json.loads(path.read_text())["trial"]["seed"] == trial.seed for path, trial in paths)
+    # a file of other settings must not pass for this trial
+    trials.run_all([(paths[0][0], replace(TINY, steps=4))], 1, lambda: None)
+    assert json.loads(paths[0][0].read_text())["steps"]["step"] == 4
+
+
+def test_a_trial_repeats():
+    first, second = (trials.run(TINY) for _ in range(2))
+    assert first["steps"]["metrics"] == second["steps"]["metrics"]
+    assert first["history"][-1]["loss"] == second["history"][-1]["loss"]
+
+
+def test_a_result_tells_what_was_done():
+    result = trials.run(TINY)
+    assert result["trial"] == asdict(TINY)
+    assert result["machine"]["versions"]["torch"] == torch.__version__
+    assert {"commit", "device", "threads"} <= set(result["machine"])
+    assert result["epoch"] == 20
+    assert result["seconds"] == result["steps"]
+
+
+def test_equal_time_goes_on_behind_equal_steps():
+    result = trials.run(replace(TINY, seconds=0.2))
+    assert result["steps"]["step"] == 3
+    assert result["seconds"]["step"] > 3
+    assert result["seconds"]["seconds"] >= 0.2
+
+
+@pytest.mark.parametrize("model", ["rnn", "lstm", "janossy", "deepsets-prod", "sab", "isab"])
+def test_models_of_a_task(model):
+    result = trials.run(replace(TINY, model=model, hidden=8))
+    wanted = trials.run(replace(TINY, hidden=8))["parameters"]
+    if model in ("janossy", "deepsets-prod"):
+        assert result["parameters"] == pytest.approx(wanted, rel=0.1)
+
+
+@pytest.mark.parametrize("swaps", ["none", "local:20", "neighbours:2", "adjacent:2"])
+def test_images_by_rows(monkeypatch, swaps):
+    x, y = torch.rand(60, 8, 8), torch.arange(60) % 3
+    monkeypatch.setattr(data, "images", lambda path: data.Split(x, y, x, y, 3, "noise"))
+    trial = Trial("lp-mnist", model="rnn", cell="rnn", hidden=4, swaps=swaps, steps=2, batch=4)
+    result = trials.run(trial)
+    assert (result["history"][-1]["penalty"] > 0) == (swaps != "none")
+    assert 0 < result["steps"]["order_sensitivity"]["mean"] < 1
+
+
+def test_local_orders_exchange_neighbours_only():
+    pairs = data.neighbours(4, 5)
+    assert len(pairs) == 4 * 4 + 3 * 5
+    drawn = torch.tensor(pairs)[torch.randint(len(pairs), (10, 1))]
+    order = data.local_orders(drawn, 20)
+    for row, (i, j) in zip(order.tolist(), drawn[:, 0].tolist(), strict=True):
+        expected = list(range(20))
+        expected[i], expected[j] = j, i
+        assert row == expected
+
+
+def test_points_from_a_file(tmp_path):
+    x = np.random.default_rng(0).normal(5, 3, (40, 30, 3)).astype(np.float16)
+    np.savez(tmp_path / "modelnet_tiny.npz", x=x, y=np.arange(40) % 2, test=np.arange(40) > 29)
+    split = data.points(tmp_path)
+    assert split.x.shape == (30, 30, 3)
+    assert split.test_x.shape == (10, 30, 3)
+    torch.testing.assert_close(split.x.mean((1, 2)), torch.zeros(30), atol=1e-5, rtol=0)
+    torch.testing.assert_close(split.x.std((1, 2)), torch.ones(30))
+    trial = Trial("points", hidden=8, steps=2, batch=4, train_lengths=(10,), data=str(tmp_path))
+    assert "modelnet_tiny" in trials.run(trial)["source"]
+
+
+def test_generated_shapes_differ():
+    split = data.points(shapes=4)
+    assert split.x.shape == (32, 1024, 3)
+    assert split.classes == 8
+    assert "generated" in split.source
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_idx_files(tmp_path, packed):
+    arrays = [np.arange(n * 4, dtype=np.uint8).reshape(n, 2, 2) if d == 3 else np.arange(n, dtype=np.uint8)
+              for n, d in ((5, 3), (5, 1), (2, 3), (2, 1))]  # fmt: skip
+    for name, array in zip(data._IDX, arrays, strict=True):
+        sizes = np.array(array.shape, ">i4").tobytes()
+        content = bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes()
+        (tmp_path / f"{name}-ubyte{'.gz' if packed else ''}").write_bytes(gzip.compress(content) if packed else content)
+    split = data.images(tmp_path)
+    assert split.y.tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(split.test_x[1] * 255, torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["figure9"], "name: expected one of"),
+        (["figure1", "--preset", "huge"], "preset: expected one of"),
+        (["figure1", "--seeds", "0"], "seeds: expected at least 1"),
+        (["figure1", "--data", "x"], "data: expected none for figure1"),
+        (["table1", "--data", "x"], "data: expected point clouds"),
+        (["lp-mnist", "--data", "x"], "data: expected MNIST"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(capsys, arguments, message):
+    assert cli.run(["reproduce", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+# Two rows that shared a file would run again and again, each over the other.
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("preset", reproduce.PRESETS)
+def test_every_trial_has_a_file_of_its_own(monkeypatch, tmp_path, name, preset):
+    nothing = data.Split(torch.zeros(0, 2, 2), torch.zeros(0), torch.zeros(0, 2, 2), torch.zeros(0), 1, "nothing")
+    monkeypatch.setattr(data, "images", lambda path: nothing)
+    monkeypatch.setattr(data, "points", lambda path: nothing)
+    planned = reproduce.plan(name, preset, 2, None, tmp_path)
+    assert len({path for _, path, _ in planned}) == len(planned)
+    methods = {(case.setting, case.method) for case, _, _ in planned}
+    if preset == "full":
+        assert set(EXPERIMENTS[name].published) <= methods
+
+
+def test_the_gap_to_a_published_number_is_printed():
+    case = experiments.Case("s", "m", TINY)
+    run = trials.run(TINY)
+    run["steps"]["metrics"] = {"test": {"accuracy": 0.8}}
+    experiment = experiments.Experiment("about", lambda: iter(()), published={("s", "m"): 0.9})
+    found = report.summary("name", experiment, [case], [[run]])
+    page = report.markdown("name", [], report.tables(found))
+    assert "0.900 | -0.100" in page
