@@ -32,13 +32,12 @@ from sire_fast.inspection import Inspection, inspect
 from sire_fast.paper.report import rich_table
 from sire_fast.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.tasks import TASKS
-from sire_fast.train import LAYERS, Config, Run, by_first, claim, evaluate, of_all, write
+from sire_fast.train import INSPECTED, LAYERS, Config, Run, by_first, claim, evaluate, of_all, write
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
 _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
 _PICTURE = "demo.png"
-_INSPECTED = "inspect.json", "inspect.png"
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
@@ -97,7 +96,7 @@ def train_command(
         str | None,
         typer.Option(
             help="Positions exchanged: none, uniform:4, adjacent:8, adjacent:all, window:4:3, blocks:4:0.5, "
-            "pairs:2:0-1,2-3. The task's own if not given."
+            "pairs:2:0-1,2-3; adaptive: before one lets their number follow the penalty. The task's own if not given."
         ),
     ] = None,
     compare: Annotated[
@@ -198,7 +197,7 @@ def inspect_command(
     figure = found.draw()
     figure.suptitle(title)
     text = json.dumps(result) + "\n"
-    numbers, picture = (directory / name for name in _INSPECTED)
+    numbers, picture = (directory / name for name in INSPECTED)
     write(numbers, lambda temporary: temporary.write_text(text))
     write(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     _console.print(f"numbers: {numbers}, picture: {picture}")

@@ -23,6 +23,7 @@ import math
 import torch
 from torch import Tensor
 
+from sire_fast import swaps
 from sire_fast.swaps import Sampler
 
 
@@ -212,3 +213,23 @@ class AdaptiveWeight(_Adaptive):
 
     def __repr__(self) -> str:
         return f"AdaptiveWeight(weight={self.weight:g})"
+
+
+def parse(text: str) -> Sampler | None:
+    """The sampler that a command line names: as sire_fast.swaps.parse, or one of those with a number of swaps behind
+    "adaptive:", for AdaptiveSwaps.
+
+    Raises:
+        ValueError: the text names no sampler.
+
+    >>> parse("adaptive:uniform:4")
+    AdaptiveSwaps(Uniform(k=4))
+    """
+    rest = text.removeprefix("adaptive:")
+    sampler = swaps.parse(rest)
+    if rest == text:
+        return sampler
+    try:
+        return AdaptiveSwaps(sampler)
+    except ValueError as error:
+        raise ValueError(f"swaps: {text!r}: {error}") from None

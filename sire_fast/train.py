@@ -6,6 +6,7 @@ A run is a directory:
     history.jsonl   a line every few steps: step, loss, penalty, metric on held-out sequences, seconds
     result.json     task, config, backend, metrics by test length, order sensitivity, seconds, versions
     curves.png      the history as a picture
+    inspect.json, inspect.png   what `sire-fast inspect` found
 
 The same settings give the same model, bit for bit, whether or not the run was interrupted and resumed.
 
@@ -32,12 +33,14 @@ from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 
 import sire_fast
-from sire_fast import benchmark, swaps
+from sire_fast import benchmark, schedules
 from sire_fast.modules import COMPARES
+from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.tasks import TASKS, Task
 
 LAYERS = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 FILES = CHECKPOINT, HISTORY, RESULT, CURVES = "model.pt", "history.jsonl", "result.json", "curves.png"
+INSPECTED = "inspect.json", "inspect.png"
 
 EMBEDDING = 100  # features of a number
 CLIP = 5.0  # largest norm of the gradient
@@ -60,7 +63,7 @@ class Config:
         task: a key of sire_fast.tasks.TASKS.
         cell: "rnn", "gru" or "lstm".
         hidden: units of the recurrent layer, H.
-        swaps: which positions are exchanged, as sire_fast.swaps.parse reads it; "none" trains a plain layer;
+        swaps: which positions are exchanged, as sire_fast.schedules.parse reads it; "none" trains a plain layer;
             None stands for the task's own choice.
         compare: "end" or "swap", see sire_fast.RNN.
         weight: factor of the penalty.
@@ -110,7 +113,7 @@ class Config:
             )
         if self.swaps is None:
             object.__setattr__(self, "swaps", TASKS[self.task].swaps)
-        swaps.parse(self.swaps)
+        schedules.parse(self.swaps)
         try:
             torch.zeros((), device=self.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -130,7 +133,7 @@ class Model(nn.Module):
         # a buffer: it is saved with the model but not trained (Murphy et al.)
         self.register_buffer("features", torch.rand(task.vocabulary, EMBEDDING) - 0.5)
         self.layer = LAYERS[config.cell](
-            EMBEDDING, config.hidden, swaps=swaps.parse(config.swaps), compare=config.compare
+            EMBEDDING, config.hidden, swaps=schedules.parse(config.swaps), compare=config.compare
         )
         self.head = nn.Linear(config.hidden, task.outputs)
 
@@ -183,8 +186,8 @@ def claim(directory: Path, force: bool = False) -> None:
     if held and not force:
         raise ValueError(f"{directory}: holds a run already; --resume goes on with it, --force replaces it")
     directory.mkdir(parents=True, exist_ok=True)
-    for name in held:
-        (directory / name).unlink()
+    for name in (*FILES, *INSPECTED) if held else ():
+        (directory / name).unlink(missing_ok=True)
 
 
 class Run:
@@ -210,6 +213,8 @@ class Run:
         self.data = torch.Generator().manual_seed(int(torch.randint(1 << 40, ())))
         self.model = Model(config).to(config.device)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        sampler = self.model.layer.swaps
+        self.schedule = sampler if isinstance(sampler, AdaptiveSwaps) else None
         self.trained_by = self.processes
         self.step = 0
         self.seconds = 0.0
@@ -243,6 +248,8 @@ class Run:
         self._share_gradients()
         nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimiser.step()
+        if self.schedule:
+            self.schedule.step(*values)
         self.step += 1
         self.sums = [total + value for total, value in zip(self.sums, (*values, 1), strict=True)]
         self.seconds += time.perf_counter() - began
@@ -298,6 +305,7 @@ class Run:
             "config": asdict(self.config),
             "model": self.model.state_dict(),
             "optimiser": self.optimiser.state_dict(),
+            "schedule": self.schedule and self.schedule.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
             "sums": self.sums,
@@ -325,6 +333,8 @@ class Run:
             run = cls(Config(**state["config"] | moved), directory)
             run.model.load_state_dict(state["model"])
             run.optimiser.load_state_dict(state["optimiser"])
+            if run.schedule:
+                run.schedule.load_state_dict(state["schedule"])
             run.step, run.seconds, run.sums = state["step"], state["seconds"], state["sums"]
             run.data.set_state(state["data"])
             run.trained_by = len(state["random"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import sire_fast
 from sire_fast import cli
+from sire_fast.train import INSPECTED
 
 T, B = 5, 3
 LENGTHS = torch.tensor([5, 2, 4])
@@ -165,6 +166,9 @@ def test_inspects_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     result = json.loads((out / "inspect.json").read_text())
     assert (result["length"], len(result["sequences"]), len(result["heat_map"])) == (6, 4, 6)
     assert (out / "inspect.png").read_bytes().startswith(b"\x89PNG")
+    # what is told of a model must not outlive it
+    assert command(capsys, "train", "parity", "--steps", 3, "--hidden", 4, "--out", out, "--force")[0] == 0
+    assert not {path.name for path in out.iterdir()} & set(INSPECTED)
 
 
 def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

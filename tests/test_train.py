@@ -92,6 +92,7 @@ def test_files_of_a_run(tmp_path):
         {"cell": "lstm", "swaps": "adjacent:all", "compare": "swap", "examples": 20},
         {"cell": "rnn", "task": "half-range"},
         {"task": "parity", "swaps": "none"},
+        {"swaps": "adaptive:uniform:4"},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -110,7 +111,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, settings):
     for name in ("config", "metrics", "order_sensitivity", "backend"):
         assert result[name] == expected[name]
     ours, theirs = (torch.load(d / "model.pt") for d in (parts, whole))
-    for part in ("model", "optimiser", "data", "random", "step", "sums"):
+    for part in ("model", "optimiser", "schedule", "data", "random", "step", "sums"):
         torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
 
 
@@ -198,6 +199,7 @@ def command(capsys, *arguments: object) -> tuple[int, str, str]:
         ("train sum --cell elman", "cell"),
         ("train sum --swaps uniform", "swaps"),
         ("train sum --swaps uniform:0", "swaps"),
+        ("train sum --swaps adaptive:adjacent:all", "swaps"),
         ("train sum --compare middle", "compare"),
         ("train sum --weight nan", "weight"),
         ("train sum --weight -1", "weight"),

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sire_fast import baselines, benchmark, swaps
+from sire_fast import baselines, benchmark, schedules
 from sire_fast.paper import data
 from sire_fast.paper.problems import Classes, LocalImages, Sequences
 from sire_fast.schedules import AdaptiveSwaps
@@ -81,9 +81,7 @@ def sampler(text: str) -> Sampler | None:
         return baselines.PublishedSwaps()
     if text.startswith(("local:", "neighbours:")):
         return None
-    if text.startswith("adaptive:"):
-        return AdaptiveSwaps(swaps.parse(text.removeprefix("adaptive:")))
-    return swaps.parse(text)
+    return schedules.parse(text)
 
 
 def make_problem(trial: Trial, generator: torch.Generator) -> Problem:
