@@ -83,7 +83,7 @@ class Inspection:
         for values, label, style in (
             (self.worst, "worst order found", {"color": "#d1495b", "markersize": 8, "fillstyle": "none"}),
             (self.max, f"largest of {len(self.changes)} random orders", {"color": "#edae49", "markersize": 5}),
-            (self.mean, "mean of these", {"color": "#00798c", "markersize": 5}),
+            (self.mean, f"mean of {len(self.changes)} random orders", {"color": "#00798c", "markersize": 5}),
         ):
             right.plot(rank, values[ranked].cpu().numpy(), "o", label=label, clip_on=False, **style)
         right.axhline(size, color="0.5", linestyle="--", linewidth=1, label="mean |answer|")

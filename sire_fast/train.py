@@ -49,7 +49,7 @@ ORDERS = 20  # random orders of each sequence whose order sensitivity is measure
 
 # Held-out sequences: their seeds do not depend on the run, so that runs can be compared.
 _TEST_SEED, _VALIDATION_SEED = 1 << 40, 1 << 41
-_TEST_SEQUENCES, _VALIDATION_SEQUENCES, _REORDERED_SEQUENCES = 1000, 100, 100
+_TEST_SEQUENCES, _VALIDATION_SEQUENCES, _REORDERED_SEQUENCES = 1000, 1000, 100
 
 Report = Callable[[int, float, float], None]
 Result = TypeVar("Result")
@@ -290,7 +290,7 @@ class Run:
             "step": self.step,
             "loss": loss / steps,
             "penalty": penalty / steps,
-            self.task.metric: _validate(self.model, self.task),
+            self.task.metric: validate(self.model, self.task),
             "seconds": self.seconds,
         }
         self.history.append(line)
@@ -431,15 +431,15 @@ def evaluate(model: Model, task: Task) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _validate(model: Model, task: Task) -> float:
-    """The task's metric on held-out sequences of the training lengths."""
+def validate(model: nn.Module, task: Task) -> float:
+    """The task's metric on held-out sequences, shared out evenly among the training lengths."""
     model.eval()
     device = model.features.device
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     metric = task.metrics[task.metric]
     scores = []
     for length in task.train_lengths:
-        x, y = task.sample(length, _VALIDATION_SEQUENCES, generator)
+        x, y = task.sample(length, math.ceil(_VALIDATION_SEQUENCES / len(task.train_lengths)), generator)
         scores.append(metric(task.answer(model(x.to(device))), y.to(device)).item())
     return sum(scores) / len(scores)
 

@@ -76,7 +76,7 @@ class Sequences:
         return sire_fast.penalty(model)
 
     def validate(self, model: nn.Module) -> float:
-        return train._validate(model, self.task)
+        return train.validate(model, self.task)
 
     def evaluate(self, model: nn.Module) -> dict[str, Any]:
         return train.evaluate(model, self.task)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -35,6 +36,7 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             row = {
                 "setting": case.setting,
                 "method": case.method,
+                "config": {k: v for k, v in asdict(case.trial).items() if k not in ("seed", "data")},
                 "budget": budget,
                 "metric": metric,
                 "columns": columns,
@@ -47,6 +49,8 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             if runs[0]["adaptive_swaps"]:
                 swaps = [run["adaptive_swaps"] / run["history"][-1]["step"] / case.trial.batch for run in runs]
                 row["swaps_a_step"] = _spread(swaps)
+            if any(run["diverged"] is not None for run in runs):
+                row["diverged"] = [run["diverged"] for run in runs]
             if experiment.reach in columns:
                 row["reached"] = [f["metrics"][experiment.reach][metric] >= 0.99 for f in found]
             if experiment.targets:
@@ -56,20 +60,21 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             published = experiment.published.get((case.setting, case.method))
             if published is not None:
                 row["published"] = published
-                row["gap"] = columns["test"]["mean"] - published
+                if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
+                    row["gap"] = columns["test"]["mean"] - published
+            if experiment.picture == "history":
+                row["history"] = [run["history"] for run in runs]
             rows.append(row)
-    first = results[0][0]
+    runs = [run for runs in results for run in runs]
     return {
         "experiment": name,
         "about": experiment.about,
+        "published_on": experiment.published_on,
         "seeds": [run["trial"]["seed"] for run in results[0]],
-        "source": first["source"],
-        "machine": first["machine"],
+        "source": runs[0]["source"],
+        "machine": runs[0]["machine"],
+        "commits": sorted({run["machine"]["commit"] or "unknown" for run in runs}),
         "rows": rows,
-        "history": [
-            {"setting": case.setting, "method": case.method, "runs": [run["history"] for run in runs]}
-            for case, runs in zip(cases, results, strict=True)
-        ],
     }
 
 
@@ -91,10 +96,10 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     for row in found["rows"]:
         title = f"{row['setting']}, {BUDGETS[row['budget']]}: {row['metric']}"
         cells = {"": row["method"]} | {c: _number(v) for c, v in row["columns"].items()}
-        if "published" in row:
-            cells |= {"published": f"{row['published']:.3f}", "gap": f"{row['gap']:+.3f}"}
-        elif any("published" in r for r in found["rows"] if r["setting"] == row["setting"]):
-            cells |= {"published": "-", "gap": "-"}
+        if any("published" in r for r in found["rows"] if r["setting"] == row["setting"]):
+            heading = f"published ({found['published_on']})"
+            cells[heading] = f"{row['published']:.3f}" if "published" in row else "-"
+            cells["gap"] = f"{row['gap']:+.3f}" if "gap" in row else "-"
         if "reached" in row:
             cells["seeds >= 0.99 at 100"] = f"{sum(row['reached'])} of {len(row['reached'])}"
         for target, times in row.get("targets", {}).items():
@@ -105,7 +110,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             "order sensitivity": f"{row['order_sensitivity']['mean']:.2g}",
             "largest": f"{row['largest_change']:.2g}",
             "parameters": str(row["parameters"]),
-            "steps": f"{row['step']['mean']:.0f}",
+            "steps": f"{row['step']['mean']:.0f}" + ", diverged" * ("diverged" in row),
             "seconds": f"{row['seconds']['mean']:.1f}",
         }
         made.setdefault(title, [list(cells)]).append(list(cells.values()))
@@ -179,11 +184,14 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
             _heat_map(axes, [row for row in rows if row["method"] == panel])
             continue
         if kind == "history":
-            _history(axes, [entry for entry in found["history"] if entry["setting"] == panel], styles)
+            _history(axes, [row for row in rows if row["setting"] == panel], styles)
         else:
             here = [row for row in rows if row["setting"] == panel]
             one = all(len(row["columns"]) == 1 for row in here)
-            (_bars if kind == "bars" or one else _curves)(axes, here, styles)
+            if kind == "bars" or one:
+                _bars(axes, here, styles, f"published ({found['published_on']})")
+            else:
+                _curves(axes, here, styles)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     handles: dict[str, Any] = {}
@@ -224,23 +232,23 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         axes.set_yscale("log")
 
 
-def _bars(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+def _bars(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
     for n, row in enumerate(rows):
         (value,) = row["columns"].values()
         axes.barh(-n, value["mean"], xerr=value["sd"], color=styles[row["method"]]["color"], height=0.7)
         if "published" in row:
-            axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label="published")
+            axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=published)
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
     axes.set_xlabel(rows[0]["metric"])
     if rows[0]["metric"] == "mse":
         axes.set_xscale("log")
 
 
-def _history(axes: Axes, entries: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
-    for entry in entries:
-        for n, lines in enumerate(entry["runs"]):
-            style = styles[entry["method"]] | {"marker": None, "alpha": 0.8}
-            label = None if n else entry["method"]
+def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+    for row in rows:
+        for n, lines in enumerate(row["history"]):
+            style = styles[row["method"]] | {"marker": None, "alpha": 0.8}
+            label = None if n else row["method"]
             axes.plot([p["seconds"] for p in lines], [p["validation"] for p in lines], label=label, **style)
     axes.set(xlabel="seconds of training on a core", ylabel="validation accuracy", ylim=(0, 1.02))
 

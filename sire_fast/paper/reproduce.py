@@ -69,6 +69,7 @@ def reproduce(
         found = experiments.cost(preset == "quick")
         notes, made, figure = [], report.cost_tables(found), report.cost_picture(found)
         machine = found["settings"][0]["machine"]
+        commits = [machine["commit"]]
     else:
         run_all([(path, trial) for _, path, trial in planned], workers, finished)
         rows: dict[Case, list[dict]] = {}
@@ -77,11 +78,11 @@ def reproduce(
         experiment = EXPERIMENTS[name]
         found = report.summary(name, experiment, list(rows), list(rows.values()))
         made, figure = report.tables(found), report.picture(found, experiment.picture)
-        machine = found["machine"]
+        machine, commits = found["machine"], found["commits"]
         notes = [f"Data: {found['source']}. Seeds: {len(found['seeds'])}; mean ± standard deviation over them."]
     if preset == "quick":
         notes.insert(0, "Quick preset: it shows that everything runs; its numbers mean nothing.")
-    notes.append(f"{machine['device']}, commit {machine['commit']}, torch {machine['versions']['torch']}.")
+    notes.append(f"{machine['device']}, commit {', '.join(map(str, commits))}, torch {machine['versions']['torch']}.")
     _write(out, name, {"preset": preset, **found}, report.markdown(name, notes, made), figure)
     return found, made
 

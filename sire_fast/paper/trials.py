@@ -133,7 +133,8 @@ def run(trial: Trial) -> dict[str, Any]:
         trial, parameters, source (of the data), epoch (examples in one, 0 if all are new), adaptive_swaps (their
         number), history, machine, and "steps" and "seconds": what problem.evaluate finds there, with the step and
         the seconds. Times are those of the process on a core: another program on the machine hardly lengthens them.
-        Without a limit in seconds, or where `until` is reached first, both are one.
+        Without a limit in seconds, or where `until` is reached first, both are one. diverged is the step after which
+        the loss or its gradient was no longer finite, None as a rule; the model before it is then measured.
     """
     torch.manual_seed(trial.seed)
     generator = torch.Generator().manual_seed(int(torch.randint(1 << 40, ())))
@@ -146,7 +147,7 @@ def run(trial: Trial) -> dict[str, Any]:
     schedule = layer.swaps if layer and isinstance(layer.swaps, AdaptiveSwaps) else None
     history: list[dict[str, float]] = []
     found: dict[str, dict[str, Any]] = {}
-    step, seconds, swapped, losses = 0, 0.0, 0, []
+    step, seconds, swapped, losses, diverged = 0, 0.0, 0, [], None
     every = math.ceil(trial.steps / RECORDS)
     while len(found) < 2:
         began = time.process_time()
@@ -158,9 +159,14 @@ def run(trial: Trial) -> dict[str, Any]:
         penalty = problem.penalty(model) if trial.swaps != "none" else torch.zeros(())
         optimiser.zero_grad()
         (loss + trial.weight * penalty).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        values = loss.item(), penalty.item()
+        if not math.isfinite(sum(values) + norm.item()):
+            measured = {"step": step, "seconds": seconds, **problem.evaluate(average)}
+            found, diverged = {"steps": measured, "seconds": measured} | found, step
+            break
         optimiser.step()
-        losses.append((loss.item(), penalty.item()))
+        losses.append(values)
         if schedule:
             swapped += schedule.k * trial.batch
             schedule.step(*losses[-1])
@@ -185,6 +191,7 @@ def run(trial: Trial) -> dict[str, Any]:
         "epoch": problem.epoch,
         "adaptive_swaps": swapped,
         "history": history,
+        "diverged": diverged,
         **found,
         "machine": benchmark.machine(),
     }
@@ -238,8 +245,9 @@ def _worker() -> None:
 
 def _done(path: Path, trial: Trial) -> bool:
     try:
-        return json.loads(path.read_text())["trial"] == json.loads(json.dumps(asdict(trial)))
-    except (OSError, ValueError, KeyError):
+        saved = json.loads(path.read_text())["trial"]
+        return json.dumps(asdict(Trial(**saved))) == json.dumps(asdict(trial))
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
