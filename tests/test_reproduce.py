@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import sire_fast
 from sire_fast import cli
 from sire_fast.paper import data, experiments, report, reproduce, trials
 from sire_fast.paper.experiments import EXPERIMENTS
 from sire_fast.paper.trials import Trial
+from sire_fast.tasks import TASKS
 
 TINY = Trial("parity", hidden=4, steps=3, batch=4, examples=20, test_lengths=(4,))
 
@@ -24,7 +33,7 @@ def _one_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["half-range", "cost"])
+@pytest.mark.parametrize("name", ["half-range", "lp-mnist", "cost"])
 def test_quick_presets(tmp_path, name, capsys):
     assert cli.run(["reproduce", name, "--out", str(tmp_path)]) == 0
     page = (tmp_path / f"{name}.md").read_text()
@@ -63,6 +72,47 @@ def test_a_result_tells_what_was_done():
     assert {"commit", "device", "threads"} <= set(result["machine"])
     assert result["epoch"] == 20
     assert result["seconds"] == result["steps"]
+
+
+# NaN is no JSON, and a model of NaNs no result.
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+def test_a_trial_that_diverges_is_measured_before(monkeypatch, factor):
+    losses = iter([1.0, 1.0, factor])
+    parity = TASKS["parity"]
+    monkeypatch.setitem(TASKS, "parity", replace(parity, loss=lambda *args: parity.loss(*args) * next(losses)))
+    result = trials.run(replace(TINY, steps=9))
+    assert result["diverged"] == 2
+    assert result["seconds"] == result["steps"]
+    assert result["steps"]["step"] == 2
+    assert math.isfinite(result["steps"]["order_sensitivity"]["mean"])
+    found = report.summary("name", EXPERIMENTS["figure1"], [experiments.Case("s", "m", TINY)], [[result]])
+    assert "diverged" in report.markdown("name", [], report.tables(found))
+
+
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sire_fast", "reproduce", "figure1", "--preset", "full", "--out", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(sire_fast.__file__).parents[1])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 120
+    while not [*tmp_path.rglob("*.json")] and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    workers = [Path("/proc", pid, "cmdline") for pid in children.read_text().split()] if children.exists() else []
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (130, 1)
+    assert "the same command goes on: sire-fast reproduce figure1 --preset full" in err
+    assert [json.loads(path.read_text())["trial"]["problem"] for path in tmp_path.rglob("*.json")]
+    assert not [*tmp_path.rglob("*.tmp")]
+    deadline = time.monotonic() + 10
+    while alive := [path for path in workers if path.exists() and path.read_bytes()]:  # what has ended has no command
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 def test_equal_time_goes_on_behind_equal_steps():

@@ -6,13 +6,14 @@ A problem has, for the one loop in trials.py:
     batch(n, generator) -> x, y           x (T, n, ...) and right answers (n)
     loss(outputs (n, O), y) -> scalar
     reorder(x, generator) -> x            in a random order that leaves the answers alone
-    penalty(model) -> scalar              of the model's last forward
+    penalty(model, through) -> scalar     of the model's last forward; through: as for sire_fast.penalty
     validate(model) -> float              the metric on examples that are neither trained nor tested on
     evaluate(model) -> metrics, order_sensitivity   as sire_fast.train.evaluate
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ _CHUNK = 4096  # images perturbed at once: their swaps take memory
 _DATA_SEED = 1 << 43  # of perturbed images: the same for every trial
 _ORDERS = 5  # random orders of test examples whose order sensitivity is measured
 _SHARE = 10  # one of so many training examples is held out for validation
+
+Head = Callable[[Tensor], Tensor] | None
 
 
 class Numbers(nn.Module):
@@ -72,8 +75,8 @@ class Sequences:
         chosen = torch.randint(len(y), (n,), generator=generator)
         return x[:, chosen], y[chosen]
 
-    def penalty(self, model: nn.Module) -> Tensor:
-        return sire_fast.penalty(model)
+    def penalty(self, model: nn.Module, through: Head) -> Tensor:
+        return sire_fast.penalty(model, through)
 
     def validate(self, model: nn.Module) -> float:
         return train.validate(model, self.task)
@@ -116,8 +119,8 @@ class Classes:
     def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return shuffled(x, generator)
 
-    def penalty(self, model: nn.Module) -> Tensor:
-        return sire_fast.penalty(model)
+    def penalty(self, model: nn.Module, through: Head) -> Tensor:
+        return sire_fast.penalty(model, through)
 
     def validate(self, model: nn.Module) -> float:
         return self._measure(model, self._held, 0)["accuracy"]
@@ -193,12 +196,13 @@ class LocalImages(Classes):
         chosen = self._orders[torch.randint(len(self._orders), (x.shape[1],), generator=generator)]
         return self._rows(self._pixels(x).gather(0, chosen.T))
 
-    def penalty(self, model: nn.Module) -> Tensor:
+    def penalty(self, model: nn.Module, through: Head) -> Tensor:
         if self._kind not in ("local", "neighbours"):
-            return super().penalty(model)
+            return super().penalty(model, through)
 
         def state(pixels: Tensor) -> Tensor:
-            return model.layer(self._rows(pixels))[0][-1]
+            h = model.layer(self._rows(pixels))[0][-1]
+            return h if through is None else through(h)
 
         pixels = self._pixels(self._seen)
         if self._single:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -31,15 +32,16 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             if budget == "seconds" and not case.trial.seconds:
                 continue
             found = [run[budget] for run in runs]
-            metric = next(iter(next(iter(found[0]["metrics"].values()))))
-            columns = {c: _spread([f["metrics"][c][metric] for f in found]) for c in found[0]["metrics"]}
+            columns = list(found[0]["metrics"])
+            own, *others = found[0]["metrics"][columns[0]]
+            # rounded answers are right or wrong; how wrong says more where few are right
+            shown = [own, "mae"] if own == "accuracy" and "mae" in others else [own]
             row = {
                 "setting": case.setting,
                 "method": case.method,
                 "config": {k: v for k, v in asdict(case.trial).items() if k not in ("seed", "data")},
                 "budget": budget,
-                "metric": metric,
-                "columns": columns,
+                "metrics": {m: {c: _spread([f["metrics"][c][m] for f in found]) for c in columns} for m in shown},
                 "order_sensitivity": _spread([f["order_sensitivity"]["mean"] for f in found]),
                 "largest_change": max(f["order_sensitivity"]["max"] for f in found),
                 "parameters": runs[0]["parameters"],
@@ -51,8 +53,8 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["swaps_a_step"] = _spread(swaps)
             if any(run["diverged"] is not None for run in runs):
                 row["diverged"] = [run["diverged"] for run in runs]
-            if experiment.reach in columns:
-                row["reached"] = [f["metrics"][experiment.reach][metric] >= 0.99 for f in found]
+            if experiment.at in columns and shown == ["accuracy"]:
+                row["reached"] = [f["metrics"][experiment.at]["accuracy"] >= 0.99 for f in found]
             if experiment.targets:
                 row["targets"] = {
                     str(target): [_reaching(run, target) for run in runs] for target in experiment.targets
@@ -61,7 +63,7 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             if published is not None:
                 row["published"] = published
                 if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
-                    row["gap"] = columns["test"]["mean"] - published
+                    row["gap"] = row["metrics"][own]["test"]["mean"] - published
             if experiment.picture == "history":
                 row["history"] = [run["history"] for run in runs]
             rows.append(row)
@@ -69,6 +71,7 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
     return {
         "experiment": name,
         "about": experiment.about,
+        "at": experiment.at,
         "published_on": experiment.published_on,
         "seeds": [run["trial"]["seed"] for run in results[0]],
         "source": runs[0]["source"],
@@ -94,14 +97,16 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Titles and rows, headings first, of an experiment's tables: one for each setting and budget."""
     made: dict[str, list[list[str]]] = {}
     for row in found["rows"]:
-        title = f"{row['setting']}, {BUDGETS[row['budget']]}: {row['metric']}"
-        cells = {"": row["method"]} | {c: _number(v) for c, v in row["columns"].items()}
+        title = f"{row['setting']}, {BUDGETS[row['budget']]}"
+        cells = {"": row["method"]}
+        for metric, values in row["metrics"].items():
+            cells |= {metric if c == "test" else f"{metric}, {c}": _number(v) for c, v in values.items()}
         if any("published" in r for r in found["rows"] if r["setting"] == row["setting"]):
             heading = f"published ({found['published_on']})"
             cells[heading] = f"{row['published']:.3f}" if "published" in row else "-"
             cells["gap"] = f"{row['gap']:+.3f}" if "gap" in row else "-"
         if "reached" in row:
-            cells["seeds >= 0.99 at 100"] = f"{sum(row['reached'])} of {len(row['reached'])}"
+            cells[f"seeds >= 0.99 at {found['at']}"] = f"{sum(row['reached'])} of {len(row['reached'])}"
         for target, times in row.get("targets", {}).items():
             cells[f"to {target}: epochs, s"] = _times(times)
         if any("swaps_a_step" in r for r in found["rows"]):
@@ -145,13 +150,30 @@ def cost_tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return made
 
 
+def overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Title and rows, headings first, of one table of methods and settings, after equal steps."""
+    rows = [row for row in found["rows"] if row["budget"] == "steps"]
+    headings, table = {}, {}
+    for row in rows:
+        metric, values = _drawn(row)
+        column = found["at"] if found["at"] in values else next(iter(values))
+        at = f" at {column}" if len(values) > 1 else ""
+        headings[row["setting"]] = f"{row['setting']}: {metric}{at}"
+        table.setdefault(row["method"], {})[row["setting"]] = _number(values[column])
+    cells = [[method, *(line.get(s, "-") for s in headings)] for method, line in table.items()]
+    return found["about"], [["", *headings.values()], *cells]
+
+
+def markdown_table(headings: list[str], *rows: list[str]) -> str:
+    rule = ["---", *["---:"] * (len(headings) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
+
+
 def markdown(title: str, notes: Sequence[str], made: list[tuple[str, list[list[str]]]]) -> str:
     """A page of tables."""
     parts = [f"# {title}", *notes]
-    for caption, (headings, *rows) in made:
-        rule = ["---", *["---:"] * (len(headings) - 1)]
-        lines = (" | ".join(cells) for cells in (headings, rule, *rows))
-        parts += [f"**{caption}**", "\n".join(f"| {line} |" for line in lines)]
+    for caption, rows in made:
+        parts += [f"**{caption}**", markdown_table(*rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,17 +200,18 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
     for axes in grid[len(panels) :]:
         axes.remove()
     styles = _styles(methods)
+    errors = [v["mean"] for row in rows for v in _drawn(row)[1].values()]
     for axes, panel in zip(grid, panels, strict=False):
         axes.set_title(panel, loc="left", fontsize=10)
         if kind == "heat map":
-            _heat_map(axes, [row for row in rows if row["method"] == panel])
+            axes.set_title(f"{panel}: {_drawn(rows[0])[0]}", loc="left", fontsize=10)
+            _heat_map(axes, [row for row in rows if row["method"] == panel], LogNorm(min(errors), max(errors)))
             continue
         if kind == "history":
             _history(axes, [row for row in rows if row["setting"] == panel], styles)
         else:
             here = [row for row in rows if row["setting"] == panel]
-            one = all(len(row["columns"]) == 1 for row in here)
-            if kind == "bars" or one:
+            if all(len(_drawn(row)[1]) == 1 for row in here):
                 _bars(axes, here, styles, f"published ({found['published_on']})")
             else:
                 _curves(axes, here, styles)
@@ -220,28 +243,39 @@ def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
     return styles
 
 
+def _drawn(row: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
+    """The metric in a picture and its values: where few answers are right, how wrong they are says more."""
+    metrics = list(row["metrics"].items())
+    return metrics[-1] if len(metrics[0][1]) > 1 else metrics[0]
+
+
+def _axis(axes: Axes, which: str, metric: str) -> None:
+    """Errors are drawn on a logarithmic axis, accuracies from 0."""
+    axes.set(**{f"{which}label": metric})
+    axes.set(**{f"{which}lim": (0, None)} if metric == "accuracy" else {f"{which}scale": "log"})
+
+
 def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
     for row in rows:
-        lengths = [int(c) for c in row["columns"]]
-        mean, sd = ([v[key] for v in row["columns"].values()] for key in ("mean", "sd"))
+        metric, values = _drawn(row)
+        lengths = [int(c) for c in values]
+        mean, sd = ([v[key] for v in values.values()] for key in ("mean", "sd"))
         axes.plot(lengths, mean, label=row["method"], **styles[row["method"]])
         band = [[m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
         axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
-    axes.set(xlabel="length of the test sequences", ylabel=rows[0]["metric"])
-    if rows[0]["metric"] == "mse":
-        axes.set_yscale("log")
+    axes.set_xlabel("length of the test sequences")
+    _axis(axes, "y", metric)
 
 
 def _bars(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
     for n, row in enumerate(rows):
-        (value,) = row["columns"].values()
+        metric, values = _drawn(row)
+        (value,) = values.values()
         axes.barh(-n, value["mean"], xerr=value["sd"], color=styles[row["method"]]["color"], height=0.7)
         if "published" in row:
             axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=published)
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
-    axes.set_xlabel(rows[0]["metric"])
-    if rows[0]["metric"] == "mse":
-        axes.set_xscale("log")
+    _axis(axes, "x", metric)
 
 
 def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
@@ -253,13 +287,14 @@ def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str,
     axes.set(xlabel="seconds of training on a core", ylabel="validation accuracy", ylim=(0, 1.02))
 
 
-def _heat_map(axes: Axes, rows: list[dict[str, Any]]) -> None:
-    values = [[v["mean"] for v in row["columns"].values()] for row in rows]
-    axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:
+    values = [[v["mean"] for v in _drawn(row)[1].values()] for row in rows]
+    axes.imshow(values, norm=scale, cmap="viridis_r", aspect="auto")
     for y, line in enumerate(values):
         for x, value in enumerate(line):
-            axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=8)
-    axes.set_xticks(range(len(values[0])), list(rows[0]["columns"]))
+            colour = "k" if scale(value) < 0.5 else "w"
+            axes.text(x, y, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(values[0])), list(_drawn(rows[0])[1]))
     axes.set_yticks(range(len(rows)), [row["setting"].removeprefix("trained on ") for row in rows])
     axes.set(xlabel="test length", ylabel="training lengths")
 

@@ -46,6 +46,7 @@ class Trial:
         swaps: as sire_fast.swaps.parse reads it; "published", see PublishedSwaps; "adaptive:" before one with a K, see
             AdaptiveSwaps; for images also "local:N" and "neighbours:K", see LocalImages.
         compare, weight: of the penalty.
+        through: compare the outputs, what the head makes of the states.
         steps: of the optimiser, after which the model is measured, as after
         seconds: of training, of one core.
         until: stop where validation reaches it.
@@ -73,6 +74,7 @@ class Trial:
     train_lengths: tuple[int, ...] = ()
     test_lengths: tuple[int, ...] = ()
     data: str | None = None
+    through: bool = False
 
 
 def sampler(text: str) -> Sampler | None:
@@ -143,8 +145,9 @@ def run(trial: Trial) -> dict[str, Any]:
     average = copy.deepcopy(model).eval().requires_grad_(False)
     weights = [*average.parameters()], [*model.parameters()]
     optimiser = torch.optim.Adam(model.parameters(), lr=trial.lr, fused=True)
-    layer = next((m for m in model.modules() if isinstance(m, tuple(baselines.RECURRENT.values()))), None)
-    schedule = layer.swaps if layer and isinstance(layer.swaps, AdaptiveSwaps) else None
+    recurrent = next((m for m in model.modules() if isinstance(m, baselines.Recurrent)), None)
+    schedule = recurrent.layer.swaps if recurrent and isinstance(recurrent.layer.swaps, AdaptiveSwaps) else None
+    through = recurrent.head if recurrent and trial.through else None
     history: list[dict[str, float]] = []
     found: dict[str, dict[str, Any]] = {}
     step, seconds, swapped, losses, diverged = 0, 0.0, 0, [], None
@@ -156,7 +159,7 @@ def run(trial: Trial) -> dict[str, Any]:
             x = problem.reorder(x, generator)
         model.train()
         loss = problem.loss(model(x), y)
-        penalty = problem.penalty(model) if trial.swaps != "none" else torch.zeros(())
+        penalty = problem.penalty(model, through) if trial.swaps != "none" else torch.zeros(())
         optimiser.zero_grad()
         (loss + trial.weight * penalty).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
