@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +16,8 @@ from rich.table import Table
 from sire_fast.paper.experiments import Case, Experiment
 
 BUDGETS = {"steps": "after equal steps", "seconds": "after equal time"}
-_OURS, _RIVALS = ("#00798c", "#3d5a80", "#52b69a", "#168aad"), ("#d1495b", "#edae49", "#9a7fa0", "#b08968", "#a5a58d")
+_OURS = ("#00798c", "#3d5a80", "#52b69a", "#168aad", "#023047", "#90be6d", "#74c0fc")
+_RIVALS = ("#d1495b", "#edae49", "#9a7fa0", "#b08968", "#a5a58d", "#5f0f40", "#495057")
 
 
 def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: Sequence[Sequence[dict]]) -> dict:
@@ -261,7 +263,8 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         lengths = [int(c) for c in values]
         mean, sd = ([v[key] for v in values.values()] for key in ("mean", "sd"))
         axes.plot(lengths, mean, label=row["method"], **styles[row["method"]])
-        band = [[m + sign * s for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
+        most = 1.0 if metric == "accuracy" else math.inf
+        band = [[min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
         axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("length of the test sequences")
     _axis(axes, "y", metric)

@@ -1,0 +1,51 @@
+"""Write the README's section on the paper's experiments from bench/results/paper: python -m bench.paper.
+
+The results come from `sire-fast reproduce NAME --preset full --out bench/results/paper`, which leaves beside them a
+folder of single trainings that is not kept.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from sire_fast.paper import report
+from sire_fast.paper.experiments import EXPERIMENTS
+from sire_fast.train import write
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results/paper"
+BEGIN, END = "<!-- python -m bench.paper -->\n", "<!-- end -->"
+
+
+def section() -> str:
+    """One table for each experiment whose result is kept, folded, with links to its page and picture."""
+    parts = []
+    for name in EXPERIMENTS:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        title, rows = report.overview(found)
+        link = path.relative_to(ROOT).with_suffix("")
+        parts += [
+            f"<details><summary><b>{name}</b>: {title}</summary>",
+            report.markdown_table(*rows),
+            f"{found['source']}; {len(found['seeds'])} seeds, mean ± standard deviation, after equal steps. "
+            f"Equal time, order sensitivity and sizes: [tables]({link}.md), [picture]({link}.png).",
+            "</details>",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def with_section(readme: str) -> str:
+    """The README with its section made anew."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + "\n" + section() + "\n" + END + after
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    text = with_section(path.read_text())
+    write(path, lambda temporary: temporary.write_text(text))
