@@ -13,6 +13,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -161,6 +162,43 @@ def test_points_from_a_file(tmp_path):
     torch.testing.assert_close(split.x.std((1, 2)), torch.ones(30))
     trial = Trial("points", hidden=8, steps=2, batch=4, train_lengths=(10,), data=str(tmp_path))
     assert "modelnet_tiny" in trials.run(trial)["source"]
+
+
+@pytest.mark.parametrize("layout", ["authors", "ModelNet40"])
+def test_points_from_hdf5(tmp_path, layout):
+    x, y = np.random.default_rng(0).normal(size=(6, 30, 3)).astype(np.float32), np.arange(6, dtype=np.uint8)[:, None]
+    files = {
+        "authors": {"clouds": {"tr_cloud": x[:4], "tr_labels": y[:4], "test_cloud": x[4:], "test_labels": y[4:]}},
+        "ModelNet40": {
+            "ply_data_train0": {"data": x[:1], "label": y[:1]},
+            "ply_data_train1": {"data": x[1:4], "label": y[1:4]},
+            "ply_data_test0": {"data": x[4:], "label": y[4:]},
+        },
+    }[layout]
+    for name, arrays in files.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            for key, array in arrays.items():
+                file[key] = array
+    split = data.points(tmp_path)
+    assert (split.y.tolist(), split.test_y.tolist()) == ([0, 1, 2, 3], [4, 5])
+    torch.testing.assert_close(split.test_x, data._standard(torch.from_numpy(x[4:])))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "name", "content"),
+    [
+        ("lp-mnist", "mnist.npz", b"no archive"),
+        ("lp-mnist", "mnist.tgz", b"no archive"),
+        ("table1", "modelnet.npz", b"PK\3\4 broken"),
+        ("table1", "clouds.h5", b"no HDF5"),
+    ],
+)
+def test_a_damaged_file_is_told_in_a_line(tmp_path, capsys, experiment, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert cli.run(["reproduce", experiment, "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: cannot be read" in error
+    assert error.count("\n") == 1
 
 
 def test_generated_shapes_differ():

@@ -1,14 +1,18 @@
 """Images and point clouds: from a file or folder that the user has, else generated. Nothing is downloaded.
 
 images   MNIST as idx files (plain, .gz, or inside a .tgz) or mnist.npz; else scikit-learn's 8 x 8 digits
-points   .npz with x (N, P, 3), y (N), test (N) bool, or the authors' HDF5 (tr_cloud, tr_labels, test_cloud,
-         test_labels); else sampled surfaces
+points   .npz with x (N, P, 3), y (N), test (N) bool; HDF5 of the authors (tr_cloud, tr_labels, test_cloud,
+         test_labels), or a folder of ModelNet40 in HDF5 (data, label) with train or test in the names of its files;
+         else sampled surfaces
 """
 
 from __future__ import annotations
 
 import gzip
 import tarfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -49,11 +53,11 @@ def images(path: Path | None = None) -> Split:
     if path is None:
         return _digits()
     found = _candidates(path, ("*.tgz", "*.tar.gz", "*mnist*.npz", "*idx?-ubyte*"), "MNIST (idx files or mnist.npz)")
-    if found[0].suffix == ".npz":
-        with np.load(found[0]) as arrays:
-            parts = [arrays[name] for name in ("x_train", "y_train", "x_test", "y_test")]
-    else:
-        parts = _idx_files(found)
+    with _readable(found[0]):
+        if found[0].suffix == ".npz":
+            parts = _npz(found[0], "x_train", "y_train", "x_test", "y_test")
+        else:
+            parts = _idx_files(found)
     x, y, test_x, test_y = (torch.from_numpy(part) for part in parts)
     return Split(x.float() / 255, y.long(), test_x.float() / 255, test_y.long(), 10, f"MNIST, {len(x)} + {len(test_x)}")
 
@@ -111,32 +115,52 @@ def points(path: Path | None = None, shapes: int = 400) -> Split:
     """
     if path is None:
         return _generated(shapes)
-    (found, *_) = _candidates(path, ("*modelnet*.npz", "*.h5", "*.hdf5"), "point clouds (.npz or .h5)")
-    if found.suffix == ".npz":
-        with np.load(found) as arrays:
-            if not {"x", "y", "test"} <= set(arrays):
-                raise ValueError(f"{found}: expected arrays x, y and test, found {', '.join(arrays)}")
-            x, y, test = arrays["x"], arrays["y"].astype(np.int64), arrays["test"]
-        parts = x[~test], y[~test], x[test], y[test]
-    else:
-        parts = _authors_hdf5(found)
+    files = _candidates(path, ("*modelnet*.npz", "*.h5", "*.hdf5"), "point clouds (.npz or .h5)")
+    with _readable(files[0]):
+        if files[0].suffix == ".npz":
+            x, y, test = _npz(files[0], "x", "y", "test")
+            parts = x[~test], y[~test], x[test], y[test]
+        else:
+            parts = _hdf5(files)
     x, y, test_x, test_y = (torch.from_numpy(part) for part in parts)
+    y, test_y = y.long().flatten(), test_y.long().flatten()
     classes = int(y.max()) + 1
-    source = f"{found.stem}: {classes} classes, {len(x)} + {len(test_x)} shapes of {x.shape[1]} points"
+    source = f"{files[0].stem}: {classes} classes, {len(x)} + {len(test_x)} shapes of {x.shape[1]} points"
     return Split(_standard(x), y, _standard(test_x), test_y, classes, source)
 
 
-def _authors_hdf5(path: Path) -> tuple[np.ndarray, ...]:
+def _hdf5(paths: list[Path]) -> list[np.ndarray]:
     try:
         import h5py
     except ModuleNotFoundError:
-        raise ValueError(f"{path}: reading it needs h5py: pip install h5py") from None
-    with h5py.File(path) as file:
-        names = ("tr_cloud", "tr_labels", "test_cloud", "test_labels")
-        if not set(names) <= set(file):
-            raise ValueError(f"{path}: expected {', '.join(names)}, found {', '.join(file)}")
-        x, y, test_x, test_y = (np.asarray(file[name]) for name in names)
-    return x, y.astype(np.int64).ravel(), test_x, test_y.astype(np.int64).ravel()
+        raise ValueError("HDF5 needs h5py: pip install h5py") from None
+
+    def array(path: Path, name: str) -> np.ndarray:
+        with h5py.File(path) as file:
+            return np.asarray(file[name])
+
+    if len(paths) == 1:
+        return [array(paths[0], name) for name in ("tr_cloud", "tr_labels", "test_cloud", "test_labels")]
+    parts = {part: [path for path in paths if part in path.stem] for part in ("train", "test")}
+    for part, found in parts.items():
+        if not found:
+            raise ValueError(f"expected HDF5 files with {part} in their names, found none")
+    layout = [(found, name) for found in parts.values() for name in ("data", "label")]
+    return [np.concatenate([array(path, name) for path in found]) for found, name in layout]
+
+
+def _npz(path: Path, *names: str) -> list[np.ndarray]:
+    with path.open("rb") as file, np.load(file) as arrays:
+        return [arrays[name] for name in names]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Make whatever is wrong with a file a ValueError that names it."""
+    try:
+        yield
+    except (EOFError, KeyError, OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
 def _standard(x: Tensor) -> Tensor:
