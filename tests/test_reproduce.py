@@ -20,7 +20,7 @@ import torch
 
 import sire_fast
 from sire_fast import cli
-from sire_fast.paper import data, experiments, report, reproduce, trials
+from sire_fast.paper import data, experiments, problems, report, reproduce, trials
 from sire_fast.paper.experiments import EXPERIMENTS
 from sire_fast.paper.trials import Trial
 from sire_fast.tasks import TASKS
@@ -139,6 +139,18 @@ def test_images_by_rows(monkeypatch, swaps):
     result = trials.run(trial)
     assert (result["history"][-1]["penalty"] > 0) == (swaps != "none")
     assert 0 < result["steps"]["order_sensitivity"]["mean"] < 1
+
+
+# Rows of a table compare only if all are measured in the same orders.
+def test_the_penalty_does_not_choose_the_orders_of_the_measure():
+    x, y = torch.rand(60, 8, 8), torch.arange(60) % 3
+    split = data.Split(x, y, x, y, 3, "noise")
+    few, many = (problems.LocalImages(split, f"local:{n}") for n in (1, 500))
+    rows = x[:5].transpose(0, 1)
+    reordered = [p.reorder(rows, torch.Generator().manual_seed(0)) for p in (few, many)]
+    changed = [(r != rows).float().mean() for r in reordered]
+    assert changed[0] > 0.5
+    assert changed[1] > 0.5
 
 
 def test_local_orders_exchange_neighbours_only():

@@ -171,9 +171,11 @@ class LocalImages(Classes):
         self.source += f", {self.local_swaps} swaps of neighbouring pixels in each"
         kind, _, count = sampler.partition(":")
         self._kind, self._seen = kind, None
-        more = int(count) if kind == "local" else self.local_swaps
         # composed once: a batch would take longer to perturb than to learn from
-        self._orders = local_orders(swaps.Pairs(more, self.pairs)(pixels, 1024, generator), pixels)
+        self._orders, self._penalised = (
+            local_orders(swaps.Pairs(n, self.pairs)(pixels, 1024, generator), pixels)
+            for n in (self.local_swaps, int(count) if kind == "local" else 1)
+        )
         self._single = swaps.Pairs(int(count), self.pairs) if kind == "neighbours" else None
 
     def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
@@ -192,9 +194,8 @@ class LocalImages(Classes):
         self._seen = x
         return x, y
 
-    def reorder(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        chosen = self._orders[torch.randint(len(self._orders), (x.shape[1],), generator=generator)]
-        return self._rows(self._pixels(x).gather(0, chosen.T))
+    def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return self._rows(_in_orders(self._pixels(x), self._orders, generator))
 
     def penalty(self, model: nn.Module, through: Head) -> Tensor:
         if self._kind not in ("local", "neighbours"):
@@ -207,7 +208,7 @@ class LocalImages(Classes):
         pixels = self._pixels(self._seen)
         if self._single:
             return sire_fast.swap_penalty(state, pixels, self._single)
-        perturbed = self._pixels(self.reorder(self._seen))
+        perturbed = _in_orders(pixels, self._penalised)
         a, b = state(torch.cat((pixels, perturbed), 1)).chunk(2)
         return (a - b).square().sum(-1).mean()
 
@@ -217,3 +218,9 @@ class LocalImages(Classes):
 
     def _rows(self, pixels: Tensor) -> Tensor:
         return pixels.unflatten(0, (self.height, self.width)).transpose(1, 2)
+
+
+def _in_orders(pixels: Tensor, orders: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Pixels (P, B) of each image in one of the orders (N, P)."""
+    chosen = orders[torch.randint(len(orders), (pixels.shape[1],), generator=generator)]
+    return pixels.gather(0, chosen.T)
