@@ -1,9 +1,9 @@
 """Which trainings make a figure or a table, and what has been published of it.
 
 The figures of the paper are pictures without numbers, so that only its tables are quoted. Protocols: sum, range,
-variance, unique sum and unique count as Murphy et al., "Janossy Pooling", ICLR 2019, with fewer steps; the rest of
-the settings, weights among them, is ours, since the paper's are not public. No weight was chosen by test results:
-0.1 unless an experiment shows several.
+variance, unique sum and unique count as Murphy et al., "Janossy Pooling", ICLR 2019, with fewer sequences and steps; the
+rest of the settings is ours, since the paper's are not public. Weights, learning rates and sizes of training sets were
+chosen by validation under a seed that no result has; where a weight decides, several are shown.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _swaps() -> Iterator[Case]:
 
 
 def _convergence() -> Iterator[Case]:
-    common = {"hidden": 80, "examples": 100_000, "steps": 6000, "until": 0.99}
+    common = {"hidden": 64, "examples": 100_000, "lr": 2e-3, "steps": 6000, "until": 0.9}
     for setting, lengths in (("range of 2 to 100", tuple(range(2, 101))), ("range of 100", (100,))):
         for method, changes in _recurrent("gru", "GRU").items():
             trial = Trial("range", train_lengths=lengths, test_lengths=(10, 50, 100), **common, **changes)
@@ -157,18 +157,21 @@ def _convergence() -> Iterator[Case]:
 
 
 def _lp_mnist() -> Iterator[Case]:
-    base = {"model": "rnn", "cell": "rnn", "hidden": 128}
+    some = {"swaps": "local:200", "weight": 0.1}
+    rnn, gru = ({"model": cell, "cell": cell, "hidden": 128} for cell in ("rnn", "gru"))
     methods = {
-        "RNN": base,
-        "RNN, perturbed anew": base | {"fresh": True},
-        "SIRE, many swaps at once": base | {"swaps": "local:1176", "weight": 0.01},
-        "SIRE, some swaps at once": base | {"swaps": "local:200", "weight": 0.1},
-        "SIRE, one swap each": base | {"swaps": "neighbours:4", "weight": 1.0},
-        "SIRE on rows (control)": base | {"swaps": "adjacent:4", "compare": "swap"},
+        "RNN": rnn,
+        "RNN, perturbed anew": rnn | {"fresh": True},
+        "RNN, SIRE: 1176 more swaps": rnn | {"swaps": "local:1176", "weight": 0.01},
+        "RNN, SIRE: 200 more swaps": rnn | some,
+        "RNN, SIRE: one more swap": rnn | {"swaps": "neighbours:1", "weight": 1.0},
+        "RNN, SIRE on rows (control)": rnn | {"swaps": "adjacent:4", "compare": "swap"},
+        "GRU": gru,
+        "GRU, SIRE: 200 more swaps": gru | some,
         "CNN": {"model": "cnn"},
     }
     for method, changes in methods.items():
-        yield Case("1.5 swaps a pixel", method, Trial("lp-mnist", batch=128, steps=6000, seconds=60.0, **changes))
+        yield Case("1.5 swaps a pixel", method, Trial("lp-mnist", batch=128, steps=4000, seconds=40.0, **changes))
 
 
 def _points() -> Iterator[Case]:
@@ -229,13 +232,13 @@ EXPERIMENTS = {
         published={
             ("1.5 swaps a pixel", "RNN"): 0.87,
             ("1.5 swaps a pixel", "CNN"): 0.96,
-            ("1.5 swaps a pixel", "SIRE, many swaps at once"): 0.977,
+            ("1.5 swaps a pixel", "RNN, SIRE: 1176 more swaps"): 0.977,
         },
         published_on="MNIST",
     ),
     "swaps": Experiment("how many swaps are needed, fixed or adaptive", _swaps),
     "convergence": Experiment(
-        "epochs and seconds until a range is learned", _convergence, "history", at="100", targets=(0.5, 0.9, 0.95, 0.99)
+        "epochs and seconds until a range is learned", _convergence, "history", at="100", targets=(0.25, 0.5, 0.75, 0.9)
     ),
     "lengths": Experiment("length of training against length of the test", _lengths, "heat map", at="100"),
     "rivals": Experiment("all tasks against models that ignore order by construction", _rivals, at="50"),
