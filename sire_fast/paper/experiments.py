@@ -1,9 +1,9 @@
 """Which trainings make a figure or a table, and what has been published of it.
 
 The figures of the paper are pictures without numbers, so that only its tables are quoted. Protocols: sum, range,
-variance, unique sum and unique count as Murphy et al., "Janossy Pooling", ICLR 2019, with fewer sequences and steps; the
-rest of the settings is ours, since the paper's are not public. Weights, learning rates and sizes of training sets were
-chosen by validation under a seed that no result has; where a weight decides, several are shown.
+variance, unique sum and unique count as Murphy et al., "Janossy Pooling", ICLR 2019, with fewer sequences and steps;
+the rest of the settings is ours, since the paper's are not public. Weights, learning rates and sizes of training sets
+were chosen by validation under a seed that no result has; where a weight decides, several are shown.
 """
 
 from __future__ import annotations
