@@ -126,7 +126,7 @@ def _half_range() -> Iterator[Case]:
             sire = {"through": through, "weight": weight}
             methods[f"SIRE on {what} inside the halves, weight {weight:g}"] = sire | {"swaps": "blocks:4:0.5"}
             methods[f"SIRE on {what} anywhere, weight {weight:g}"] = sire | {"swaps": "uniform:4"}
-    common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 5000, "seconds": 12.0}
+    common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 4000, "seconds": 10.0}
     for method, changes in methods.items():
         yield Case("10000 sequences of 4 to 20", method, Trial("half-range", **common, **changes))
 
@@ -137,14 +137,14 @@ def _swaps() -> Iterator[Case]:
     plain: dict[str, dict[str, Any]] = {"none": {}, "none, shuffled": {"fresh": True}}
     at_the_swap = {f"{s} at the swap": {"swaps": s, "compare": "swap"} for s in swap}
     for problem, n, common in (
-        ("parity", 10, {"hidden": 32, "examples": 40, "lr": 3e-3}),
-        ("range", 10, {"hidden": 64, "examples": 10_000, "lr": 2e-3}),
-        ("range", 50, {"hidden": 64, "examples": 10_000, "lr": 2e-3}),
+        ("parity", 10, {"hidden": 32, "examples": 40, "lr": 3e-3, "seconds": 4.0}),
+        ("range", 10, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 6.0}),
+        ("range", 50, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 15.0}),
     ):
         outputs = {"through": True, "weight": 10.0} if problem == "range" else {}
         at_the_end = {f"{s} at the end": {"swaps": s, **outputs} for s in end}
         for method, changes in (plain | at_the_end | at_the_swap).items():
-            trial = Trial(problem, **common, **changes, batch=32, steps=3000, seconds=10.0)
+            trial = Trial(problem, **common, **changes, batch=32, steps=2500)
             yield Case(f"{problem} of {n}", method, replace(trial, train_lengths=(n,), test_lengths=(n, 2 * n)))
 
 
@@ -175,7 +175,7 @@ def _lp_mnist() -> Iterator[Case]:
 
 
 def _points() -> Iterator[Case]:
-    sire = {"swaps": "adjacent:8", "compare": "swap", "fresh": True}
+    sire = {"swaps": "adjacent:8", "compare": "swap", "fresh": True, "weight": 1.0}
     published = {"swaps": "published", "compare": "swap", "fresh": True, "weight": 1.0}
     methods = {
         "DeepSets (max)": {"model": "deepsets-max"},
@@ -184,8 +184,8 @@ def _points() -> Iterator[Case]:
         "SIRE as published": published,
         "Set Transformer (ISAB)": {"model": "isab"},
     }
-    for n, hidden, steps in ((100, 128, 2500), (1000, 64, 1000)):
-        common = {"hidden": hidden, "steps": steps, "seconds": 150.0, "train_lengths": (n,)}
+    for n, hidden, steps in ((100, 128, 1500), (1000, 64, 600)):
+        common = {"hidden": hidden, "steps": steps, "seconds": 80.0, "train_lengths": (n,)}
         for method, changes in methods.items():
             yield Case(f"{n} points", method, Trial("points", **common, **changes))
 
