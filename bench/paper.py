@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from sire_fast.paper import report
-from sire_fast.paper.experiments import EXPERIMENTS
+from sire_fast.paper.reproduce import NAMES
 from sire_fast.train import write
 
 ROOT = Path(__file__).parent.parent
@@ -21,18 +21,23 @@ BEGIN, END = "<!-- python -m bench.paper -->\n", "<!-- end -->"
 def section() -> str:
     """One table for each experiment whose result is kept, folded, with links to its page and picture."""
     parts = []
-    for name in EXPERIMENTS:
+    for name in NAMES:
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        title, rows = report.overview(found)
         link = path.relative_to(ROOT).with_suffix("")
+        if name == "cost":
+            (title, rows), note = report.cost_overview(found), "Medians, all contestants in turns"
+        else:
+            title, rows = report.overview(found)
+            seeds = len(found["seeds"])
+            note = f"{found['source']}; {f'{seeds} seeds, mean ± standard deviation' if seeds > 1 else 'one seed'}, "
+            note += "after equal steps; equal time, order sensitivity and sizes in the tables"
         parts += [
             f"<details><summary><b>{name}</b>: {title}</summary>",
             report.markdown_table(*rows),
-            f"{found['source']}; {len(found['seeds'])} seeds, mean ± standard deviation, after equal steps. "
-            f"Equal time, order sensitivity and sizes: [tables]({link}.md), [picture]({link}.png).",
+            f"{note}: [tables]({link}.md), [picture]({link}.png).",
             "</details>",
         ]
     return "\n\n".join(parts) + "\n"

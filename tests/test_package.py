@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import sire_fast
+from bench import paper
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -80,6 +81,15 @@ def test_the_readme_tells_the_ratios_of_the_benchmark(what: str) -> None:
     assert len(rows) == 6
     cells = " | ".join(f"{row['measured']['median']:.2f}" for row in rows)
     assert f"| with SIRE, `{what}` at the swap | {cells} |" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_tells_the_results_of_the_papers_experiments() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert paper.with_section(readme) == readme
+    for result in paper.RESULTS.glob("*.json"):
+        assert f"<b>{result.stem}</b>" in readme
+        for kind in ("md", "png"):
+            assert result.with_suffix(f".{kind}").exists()
 
 
 BLOCKS = [

@@ -166,6 +166,24 @@ def overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     return found["about"], [["", *headings.values()], *cells]
 
 
+def cost_overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """As `overview`, of what experiments.cost returns."""
+    settings = {entry["setting"]["swaps"]: entry["contestants"] for entry in found["settings"]}
+    names = list(dict.fromkeys(name for rows in settings.values() for name in rows))
+    cells = [
+        [
+            name,
+            *(f"{rows[name]['ratio_to_plain']['median']:.2f}" if name in rows else "-" for rows in settings.values()),
+        ]
+        for name in names
+    ]
+    size = found["settings"][0]["setting"]
+    about = (
+        f"a training step of a {size['cell']}, T={size['T']} B={size['B']} H={size['H']}, times torch.nn without SIRE"
+    )
+    return about, [["", *settings], *cells]
+
+
 def markdown_table(headings: list[str], *rows: list[str]) -> str:
     rule = ["---", *["---:"] * (len(headings) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *rows))
