@@ -168,20 +168,14 @@ def overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
 
 def cost_overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """As `overview`, of what experiments.cost returns."""
-    settings = {entry["setting"]["swaps"]: entry["contestants"] for entry in found["settings"]}
-    names = list(dict.fromkeys(name for rows in settings.values() for name in rows))
+    settings = found["settings"]
     cells = [
-        [
-            name,
-            *(f"{rows[name]['ratio_to_plain']['median']:.2f}" if name in rows else "-" for rows in settings.values()),
-        ]
-        for name in names
+        [name, *(f"{entry['contestants'][name]['ratio_to_plain']['median']:.2f}" for entry in settings)]
+        for name in settings[0]["contestants"]
     ]
-    size = found["settings"][0]["setting"]
-    about = (
-        f"a training step of a {size['cell']}, T={size['T']} B={size['B']} H={size['H']}, times torch.nn without SIRE"
-    )
-    return about, [["", *settings], *cells]
+    size = settings[0]["setting"]
+    about = f"a training step, times torch.nn's without SIRE; {size['cell']} T={size['T']} B={size['B']} H={size['H']}"
+    return about, [["", *(entry["setting"]["swaps"] for entry in settings)], *cells]
 
 
 def markdown_table(headings: list[str], *rows: list[str]) -> str:
