@@ -83,12 +83,9 @@ def _recurrent(cell: str, name: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _on_outputs(cell: str, name: str) -> dict[str, dict[str, Any]]:
-    """With SIRE on what the head makes of the states: a network of numbers can shrink its states, not its answers."""
-    outputs = {"model": cell, "cell": cell, "swaps": "uniform:4", "through": True, "weight": 10.0}
-    return {f"{name}, SIRE on outputs": outputs, f"{name}, SIRE on outputs, shuffled": outputs | {"fresh": True}}
-
-
+# a network of numbers can shrink its states, not its answers
+_ON_OUTPUTS = {"swaps": "uniform:4", "through": True, "weight": 10.0}
+_TWO_TO_TEN = tuple(range(2, 11))
 _DEEP_SETS = {f"DeepSets ({reduce})": {"model": f"deepsets-{reduce}"} for reduce in ("sum", "mean", "max")}
 _SET_TRANSFORMERS = {"Set Transformer (SAB)": {"model": "sab"}, "Set Transformer (ISAB)": {"model": "isab"}}
 _TO_100 = (5, 10, 20, 30, 40, 50, 75, 100)
@@ -106,16 +103,21 @@ def _figure1() -> Iterator[Case]:
 
 
 def _figure2() -> Iterator[Case]:
-    methods = _recurrent("lstm", "LSTM") | _on_outputs("lstm", "LSTM") | {"DeepSets (sum)": {"model": "deepsets-sum"}}
-    janossy = {"LSTM, 20 orders (Janossy)": {"model": "janossy", "cell": "lstm"}}
-    common = {"cell": "lstm", "hidden": 50, "examples": 10_000, "lr": 2e-3, "steps": 4000, "seconds": 8.0}
+    lstm = {"model": "lstm", "cell": "lstm"}
+    methods = _recurrent("lstm", "LSTM") | {
+        "LSTM, SIRE on outputs": lstm | _ON_OUTPUTS,
+        "LSTM, SIRE on outputs, shuffled": lstm | _ON_OUTPUTS | {"fresh": True},
+        "DeepSets (sum)": {"model": "deepsets-sum"},
+    }
+    janossy = {"LSTM, 20 orders (Janossy)": {"model": "janossy"}}
+    common = {"cell": "lstm", "hidden": 50, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 6.0}
     for name, n in (("sum", 5), ("range", 5), ("variance", 10), ("unique-sum", 10), ("unique-count", 10), ("max", 9)):
         for method, changes in (methods | janossy).items():
             lengths = {"train_lengths": (n,), "test_lengths": (n,)}
             yield Case(f"{name} of {n}", method, Trial(name, **(common | lengths | changes)))
     for name in ("sum", "range", "variance"):
         for method, changes in methods.items():
-            lengths = {"train_lengths": tuple(range(2, 11)), "test_lengths": _TO_100}
+            lengths = {"train_lengths": _TWO_TO_TEN, "test_lengths": _TO_100}
             yield Case(f"{name} of 2 to 10", method, Trial(name, **(common | lengths | changes)))
 
 
@@ -141,17 +143,24 @@ def _swaps() -> Iterator[Case]:
         ("range", 10, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 6.0}),
         ("range", 50, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 15.0}),
     ):
-        outputs = {"through": True, "weight": 10.0} if problem == "range" else {}
-        at_the_end = {f"{s} at the end": {"swaps": s, **outputs} for s in end}
+        outputs = _ON_OUTPUTS if problem == "range" else {}
+        at_the_end = {f"{s} at the end": outputs | {"swaps": s} for s in end}
         for method, changes in (plain | at_the_end | at_the_swap).items():
             trial = Trial(problem, **common, **changes, batch=32, steps=2500)
             yield Case(f"{problem} of {n}", method, replace(trial, train_lengths=(n,), test_lengths=(n, 2 * n)))
 
 
 def _convergence() -> Iterator[Case]:
-    common = {"hidden": 64, "examples": 100_000, "lr": 2e-3, "steps": 6000, "until": 0.9}
+    methods = {
+        "GRU": {},
+        "GRU, shuffled": {"fresh": True},
+        "GRU, SIRE as published": {"swaps": "published", "compare": "swap", "weight": 1.0},
+        "GRU, SIRE on outputs": _ON_OUTPUTS,
+        "GRU, SIRE on outputs, shuffled": _ON_OUTPUTS | {"fresh": True},
+    }
+    common = {"hidden": 64, "examples": 100_000, "lr": 2e-3, "steps": 4000, "until": 0.9}
     for setting, lengths in (("range of 2 to 100", tuple(range(2, 101))), ("range of 100", (100,))):
-        for method, changes in _recurrent("gru", "GRU").items():
+        for method, changes in methods.items():
             trial = Trial("range", train_lengths=lengths, test_lengths=(10, 50, 100), **common, **changes)
             yield Case(setting, method, trial)
 
@@ -191,19 +200,21 @@ def _points() -> Iterator[Case]:
 
 
 def _rivals() -> Iterator[Case]:
-    sire = {key: value for key, value in _recurrent("gru", "GRU").items() if "shuffled" in key or "at the end" in key}
-    methods = sire | _DEEP_SETS | _SET_TRANSFORMERS | {"GRU, 20 orders (Janossy)": {"model": "janossy"}}
+    others = _DEEP_SETS | _SET_TRANSFORMERS | {"GRU, 20 orders (Janossy)": {"model": "janossy"}}
     for problem in ("parity", "sum", "range", "variance", "max"):
-        common = {"hidden": 64, "examples": 100_000, "steps": 4000, "seconds": 20.0}
+        sire = {"swaps": "uniform:4"} if problem == "parity" else _ON_OUTPUTS
+        fresh: dict[str, Any] = {"fresh": True}
+        methods = {"GRU, shuffled": fresh, "GRU, SIRE": sire, "GRU, SIRE, shuffled": sire | fresh} | others
+        common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 8.0}
         for method, changes in methods.items():
-            trial = Trial(problem, train_lengths=tuple(range(2, 11)), test_lengths=_TO_100, **common, **changes)
+            trial = Trial(problem, train_lengths=_TWO_TO_TEN, test_lengths=_TO_100, **common, **changes)
             yield Case(f"{problem} of 2 to 10", method, trial)
 
 
 def _lengths() -> Iterator[Case]:
-    methods = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE at the end": {"swaps": "uniform:4"}}
+    methods = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE on outputs": _ON_OUTPUTS}
     for longest in (5, 10, 20, 50, 100):
-        common = {"hidden": 64, "examples": 100_000, "steps": 5000}
+        common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 2500}
         for method, changes in methods.items():
             lengths = {"train_lengths": tuple(range(2, longest + 1)), "test_lengths": (5, 10, 20, 50, 100, 200)}
             yield Case(f"trained on 2 to {longest}", method, Trial("range", **common, **lengths, **changes))
