@@ -11,10 +11,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
 from sire_fast.paper.experiments import Case, Experiment
 
+_BANDS = 9  # most curves whose standard deviations are drawn: more bands hide each other
 BUDGETS = {"steps": "after equal steps", "seconds": "after equal time"}
 _OURS = ("#00798c", "#3d5a80", "#52b69a", "#168aad", "#023047", "#90be6d", "#74c0fc")
 _RIVALS = ("#d1495b", "#edae49", "#9a7fa0", "#b08968", "#a5a58d", "#5f0f40", "#495057")
@@ -55,8 +57,8 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["swaps_a_step"] = _spread(swaps)
             if any(run["diverged"] is not None for run in runs):
                 row["diverged"] = [run["diverged"] for run in runs]
-            if experiment.at in columns and shown == ["accuracy"]:
-                row["reached"] = [f["metrics"][experiment.at]["accuracy"] >= 0.99 for f in found]
+            if shown == ["accuracy"] and (last := experiment.at[-1:]) and last[0] in columns:
+                row["reached"] = [f["metrics"][last[0]]["accuracy"] >= 0.99 for f in found]
             if experiment.targets:
                 row["targets"] = {
                     str(target): [_reaching(run, target) for run in runs] for target in experiment.targets
@@ -108,7 +110,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             cells[heading] = f"{row['published']:.3f}" if "published" in row else "-"
             cells["gap"] = f"{row['gap']:+.3f}" if "gap" in row else "-"
         if "reached" in row:
-            cells[f"seeds >= 0.99 at {found['at']}"] = f"{sum(row['reached'])} of {len(row['reached'])}"
+            cells[f"seeds >= 0.99 at {found['at'][-1]}"] = f"{sum(row['reached'])} of {len(row['reached'])}"
         for target, times in row.get("targets", {}).items():
             cells[f"to {target}: epochs, s"] = _times(times)
         if any("swaps_a_step" in r for r in found["rows"]):
@@ -155,14 +157,15 @@ def cost_tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 def overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """Title and rows, headings first, of one table of methods and settings, after equal steps."""
     rows = [row for row in found["rows"] if row["budget"] == "steps"]
-    headings, table = {}, {}
+    headings: dict[tuple[str, str], str] = {}
+    table: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
         metric, values = _drawn(row)
-        column = found["at"] if found["at"] in values else next(iter(values))
-        at = f" at {column}" if len(values) > 1 else ""
-        headings[row["setting"]] = f"{row['setting']}: {metric}{at}"
-        table.setdefault(row["method"], {})[row["setting"]] = _number(values[column])
-    cells = [[method, *(line.get(s, "-") for s in headings)] for method, line in table.items()]
+        for column in [c for c in found["at"] if c in values] or [next(iter(values))]:
+            at = f" at {column}" if len(values) > 1 else ""
+            headings[row["setting"], column] = f"{row['setting']}: {metric}{at}"
+            table.setdefault(row["method"], {})[row["setting"], column] = _number(values[column])
+    cells = [[method, *(line.get(key, "-") for key in headings)] for method, line in table.items()]
     return found["about"], [["", *headings.values()], *cells]
 
 
@@ -266,7 +269,14 @@ def _drawn(row: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
 def _axis(axes: Axes, which: str, metric: str) -> None:
     """Errors are drawn on a logarithmic axis, accuracies from 0."""
     axes.set(**{f"{which}label": metric})
-    axes.set(**{f"{which}lim": (0, None)} if metric == "accuracy" else {f"{which}scale": "log"})
+    if metric == "accuracy":
+        axes.set(**{f"{which}lim": (0, None)})
+        return
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
@@ -276,6 +286,8 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         mean, sd = ([v[key] for v in values.values()] for key in ("mean", "sd"))
         axes.plot(lengths, mean, label=row["method"], **styles[row["method"]])
         most = 1.0 if metric == "accuracy" else math.inf
+        if len(rows) > _BANDS:
+            continue
         band = [[min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
         axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("length of the test sequences")
