@@ -89,7 +89,7 @@ def reproduce(
 
 def _write(out: Path, name: str, found: dict[str, Any], page: str, figure: Figure) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found, indent=1) + "\n"
+    text = json.dumps(found) + "\n"
     write(out / f"{name}.json", lambda temporary: temporary.write_text(text))
     write(out / f"{name}.md", lambda temporary: temporary.write_text(page))
     write(out / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=130))
