@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
+from sire_fast.benchmark import CONTESTANTS
 from sire_fast.paper.experiments import Case, Experiment
 
 _BANDS = 9  # most curves whose standard deviations are drawn: more bands hide each other
@@ -149,7 +150,13 @@ def cost_tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         s = entry["setting"]
         rows = [["", "ms", "times torch.nn without SIRE"]]
         for name, row in entry["contestants"].items():
-            rows.append([name, f"{1e3 * row['seconds']['median']:.2f}", f"{row['ratio_to_plain']['median']:.2f}"])
+            rows.append(
+                [
+                    CONTESTANTS[name].label,
+                    f"{1e3 * row['seconds']['median']:.2f}",
+                    f"{row['ratio_to_plain']['median']:.2f}",
+                ]
+            )
         made.append((f"{s['cell']} T={s['T']} B={s['B']} H={s['H']}, {s['swaps']}", rows))
     return made
 
@@ -173,7 +180,10 @@ def cost_overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """As `overview`, of what experiments.cost returns."""
     settings = found["settings"]
     cells = [
-        [name, *(f"{entry['contestants'][name]['ratio_to_plain']['median']:.2f}" for entry in settings)]
+        [
+            CONTESTANTS[name].label,
+            *(f"{entry['contestants'][name]['ratio_to_plain']['median']:.2f}" for entry in settings),
+        ]
         for name in settings[0]["contestants"]
     ]
     size = settings[0]["setting"]
@@ -328,14 +338,23 @@ def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:
 
 def cost_picture(found: dict[str, Any]) -> Figure:
     """Time of a training step of each contestant, a panel for each setting."""
-    figure = Figure(figsize=(11, 3), layout="constrained")
+    figure = Figure(figsize=(13, 3), layout="constrained")
     figure.suptitle("A training step, times torch.nn without SIRE", fontweight="bold")
-    for axes, entry in zip(figure.subplots(1, len(found["settings"])), found["settings"], strict=True):
-        names = list(entry["contestants"])
-        ratios = [row["ratio_to_plain"]["median"] for row in entry["contestants"].values()]
-        colours = [_OURS[0] if name.startswith("sire_fast") else _RIVALS[-1] for name in names]
-        axes.barh(names[::-1], ratios[::-1], color=colours[::-1])
+    panels = figure.subplots(1, len(found["settings"]), sharex=True, sharey=True)
+    for axes, entry in zip(panels, found["settings"], strict=True):
+        names = list(entry["contestants"])[::-1]
+        bars = axes.barh(
+            [CONTESTANTS[name].label for name in names],
+            [entry["contestants"][name]["ratio_to_plain"]["median"] for name in names],
+            color=[_OURS[0] if name.startswith("sire_fast") else _RIVALS[-1] for name in names],
+        )
+        axes.bar_label(bars, fmt=" %.2f", fontsize=8)
         axes.axvline(1, color="k", linewidth=1)
         axes.set_title(entry["setting"]["swaps"], loc="left", fontsize=10)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.spines[["top", "right"]].set_visible(False)
+    ratios = [row["ratio_to_plain"]["median"] for entry in found["settings"] for row in entry["contestants"].values()]
+    axes.set_xlim(min(ratios) / 2, max(ratios) * 4)  # of all panels, with room for the numbers
     return figure
