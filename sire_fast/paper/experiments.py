@@ -34,7 +34,7 @@ class Experiment:
     Attributes:
         about: its question.
         cases: its rows.
-        picture: "test" (curves over test lengths, or bars), "history" (validation against seconds) or "heat map".
+        picture: "test" (curves over test lengths, or dots), "history" (validation against seconds) or "heat map".
         published: (setting, method) -> accuracy, from the paper, on the data named
         published_on: how the names of such data begin. A gap to other data would say nothing.
         at: the test lengths that overviews tell, where there are several; of classes also how many seeds have an

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -239,7 +240,7 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
         else:
             here = [row for row in rows if row["setting"] == panel]
             if all(len(_drawn(row)[1]) == 1 for row in here):
-                _bars(axes, here, styles, f"published ({found['published_on']})")
+                _dots(axes, here, styles, f"published ({found['published_on']})")
             else:
                 _curves(axes, here, styles)
         axes.grid(alpha=0.25)
@@ -276,19 +277,6 @@ def _drawn(row: dict[str, Any]) -> tuple[str, dict[str, dict[str, float]]]:
     return metrics[-1] if len(metrics[0][1]) > 1 else metrics[0]
 
 
-def _axis(axes: Axes, which: str, metric: str) -> None:
-    """Errors are drawn on a logarithmic axis, accuracies from 0."""
-    axes.set(**{f"{which}label": metric})
-    if metric == "accuracy":
-        axes.set(**{f"{which}lim": (0, None)})
-        return
-    axes.set(**{f"{which}scale": "log"})
-    axis = axes.yaxis if which == "y" else axes.xaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
     for row in rows:
         metric, values = _drawn(row)
@@ -301,18 +289,34 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         band = [[min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
         axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("length of the test sequences")
-    _axis(axes, "y", metric)
+    axes.set_ylabel(metric)
+    if metric == "accuracy":
+        axes.set_ylim(bottom=0)
+    else:
+        _logarithmic(axes, axes.yaxis)
 
 
-def _bars(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
+def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
+    """A dot with its standard deviation for each method: accuracies differ too little for bars from 0."""
     for n, row in enumerate(rows):
         metric, values = _drawn(row)
         (value,) = values.values()
-        axes.barh(-n, value["mean"], xerr=value["sd"], color=styles[row["method"]]["color"], height=0.7)
+        colour = styles[row["method"]]["color"]
+        axes.errorbar(value["mean"], -n, xerr=value["sd"], fmt="o", color=colour, markersize=8, capsize=4)
         if "published" in row:
             axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=published)
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
-    _axis(axes, "x", metric)
+    axes.set_xlabel(metric)
+    if metric != "accuracy":
+        _logarithmic(axes, axes.xaxis)
+
+
+def _logarithmic(axes: Axes, axis: Axis) -> None:
+    """For errors; with numbers as a person writes them."""
+    axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
