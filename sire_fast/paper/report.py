@@ -239,7 +239,7 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
             _history(axes, [row for row in rows if row["setting"] == panel], styles)
         else:
             here = [row for row in rows if row["setting"] == panel]
-            if all(len(_drawn(row)[1]) == 1 for row in here):
+            if len(_drawn(here[0])[1]) <= 2:  # no curve
                 _dots(axes, here, styles, f"published ({found['published_on']})")
             else:
                 _curves(axes, here, styles)
@@ -297,16 +297,18 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
 
 
 def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
-    """A dot with its standard deviation for each method: accuracies differ too little for bars from 0."""
+    """A dot with its standard deviation for each method, at the first test length. Bars from 0 would hide what differs."""
     for n, row in enumerate(rows):
         metric, values = _drawn(row)
-        (value,) = values.values()
+        column, value = next(iter(values.items()))
         colour = styles[row["method"]]["color"]
-        axes.errorbar(value["mean"], -n, xerr=value["sd"], fmt="o", color=colour, markersize=8, capsize=4)
+        mean, sd = value["mean"], value["sd"]
+        above = min(sd, 1 - mean) if metric == "accuracy" else sd
+        axes.errorbar(mean, -n, xerr=[[sd], [above]], fmt="o", color=colour, markersize=8, capsize=4)
         if "published" in row:
             axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=published)
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
-    axes.set_xlabel(metric)
+    axes.set_xlabel(metric if len(values) == 1 else f"{metric} at {column}")
     if metric != "accuracy":
         _logarithmic(axes, axes.xaxis)
 
