@@ -297,7 +297,7 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
 
 
 def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
-    """A dot with its standard deviation for each method, at the first test length. Bars from 0 would hide what differs."""
+    """A dot with its standard deviation for each method, at the first test length; bars from 0 hide much."""
     for n, row in enumerate(rows):
         metric, values = _drawn(row)
         column, value = next(iter(values.items()))
