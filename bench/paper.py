@@ -31,9 +31,7 @@ def section() -> str:
             (title, rows), note = report.cost_overview(found), "Medians, all contestants in turns"
         else:
             title, rows = report.overview(found)
-            seeds = len(found["seeds"])
-            note = f"{found['source']}; {f'{seeds} seeds, mean ± standard deviation' if seeds > 1 else 'one seed'}, "
-            note += "after equal steps; equal time, order sensitivity and sizes in the tables"
+            note = f"{report.origin(found)}, after equal steps; equal time, order sensitivity and sizes in the tables"
         parts += [
             f"<details><summary><b>{name}</b>: {title}</summary>",
             report.markdown_table(*rows),

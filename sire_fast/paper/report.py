@@ -87,8 +87,9 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
     }
 
 
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+def _spread(values: list[float]) -> dict[str, float | None]:
+    """Mean and standard deviation, which one value does not have."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def _reaching(run: dict[str, Any], target: float) -> dict[str, float] | None:
@@ -97,6 +98,12 @@ def _reaching(run: dict[str, Any], target: float) -> dict[str, float] | None:
         if line["validation"] >= target:
             return {"epochs": line["step"] * run["trial"]["batch"] / run["epoch"], "seconds": line["seconds"]}
     return None
+
+
+def origin(found: dict[str, Any]) -> str:
+    """Where the numbers of an experiment come from, for people."""
+    seeds = len(found["seeds"])
+    return f"{found['source']}; {f'{seeds} seeds, mean ± standard deviation' if seeds > 1 else 'one seed'}"
 
 
 def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
@@ -128,12 +135,10 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return list(made.items())
 
 
-def _number(value: dict[str, float]) -> str:
-    return (
-        f"{value['mean']:.3g} ± {value['sd']:.2g}"
-        if value["mean"] >= 10
-        else f"{value['mean']:.3f} ± {value['sd']:.3f}"
-    )
+def _number(value: dict[str, float | None]) -> str:
+    mean, sd = value["mean"], value["sd"]
+    digits = (".3g", ".2g") if mean >= 10 else (".3f", ".3f")
+    return format(mean, digits[0]) + ("" if sd is None else f" ± {sd:{digits[1]}}")
 
 
 def _times(times: list[dict[str, float] | None]) -> str:
@@ -284,7 +289,7 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         mean, sd = ([v[key] for v in values.values()] for key in ("mean", "sd"))
         axes.plot(lengths, mean, label=row["method"], **styles[row["method"]])
         most = 1.0 if metric == "accuracy" else math.inf
-        if len(rows) > _BANDS:
+        if len(rows) > _BANDS or None in sd:
             continue
         band = [[min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
         axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
@@ -302,7 +307,7 @@ def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, An
         metric, values = _drawn(row)
         column, value = next(iter(values.items()))
         colour = styles[row["method"]]["color"]
-        mean, sd = value["mean"], value["sd"]
+        mean, sd = value["mean"], value["sd"] or 0.0
         above = min(sd, 1 - mean) if metric == "accuracy" else sd
         axes.errorbar(mean, -n, xerr=[[sd], [above]], fmt="o", color=colour, markersize=8, capsize=4)
         if "published" in row:

@@ -79,7 +79,7 @@ def reproduce(
         found = report.summary(name, experiment, list(rows), list(rows.values()))
         made, figure = report.tables(found), report.picture(found, experiment.picture)
         machine, commits = found["machine"], found["commits"]
-        notes = [f"Data: {found['source']}. Seeds: {len(found['seeds'])}; mean ± standard deviation over them."]
+        notes = [f"Data: {report.origin(found)}."]
     if preset == "quick":
         notes.insert(0, "Quick preset: it shows that everything runs; its numbers mean nothing.")
     notes.append(f"{machine['device']}, commit {', '.join(map(str, commits))}, torch {machine['versions']['torch']}.")
