@@ -29,6 +29,7 @@ from sire_fast import backends, benchmark, cpu
 from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
+from sire_fast.paper.experiments import cost_rounds
 from sire_fast.paper.report import rich_table
 from sire_fast.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.tasks import TASKS
@@ -285,7 +286,8 @@ def reproduce_command(
     columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
-            bar = progress.add_task(f"{name}, trainings", total=len(planned) or None)
+            kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", len(planned))
+            bar = progress.add_task(f"{name}, {kind}", total=count)
             _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:
         _complain(f"interrupted; the same command goes on: sire-fast reproduce {name} --preset {preset}")

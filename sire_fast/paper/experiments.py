@@ -260,13 +260,22 @@ EXPERIMENTS = {
 }
 
 
-def cost(is_quick: bool) -> dict[str, Any]:
+_COST_SWAPS = ("adjacent:1", "adjacent:8", "adjacent:all")
+_COST_ROUNDS = {"quick": 2, "full": 12}
+
+
+def cost_rounds(preset: str) -> int:
+    """How often `cost` calls `finished`."""
+    return len(_COST_SWAPS) * (benchmark.WARM_UP + _COST_ROUNDS[preset])
+
+
+def cost(preset: str, finished: Callable[[], None]) -> dict[str, Any]:
     """What the penalty costs in a training step: every way to compute it, timed side by side."""
-    size = {"T": 10, "B": 4, "I": 8, "H": 8} if is_quick else {"T": 100, "B": 64, "I": 256, "H": 256}
+    size = {"T": 10, "B": 4, "I": 8, "H": 8} if preset == "quick" else {"T": 100, "B": 64, "I": 256, "H": 256}
     rows = []
-    for swaps in ("adjacent:1", "adjacent:8", "adjacent:all"):
+    for swaps in _COST_SWAPS:
         setting = Setting("GRU", **size, swaps=swaps, compare="swap")
         contest = {name: benchmark.Step(setting, name) for name in benchmark.contestants(setting)}
-        seconds = benchmark.measure(contest, 2 if is_quick else 12)
+        seconds = benchmark.measure(contest, _COST_ROUNDS[preset], finished)
         rows.append(benchmark.summary(setting, seconds, dict.fromkeys(contest)))
     return {"experiment": "cost", "settings": rows}

@@ -66,7 +66,7 @@ def reproduce(
         What the JSON holds, and the tables.
     """
     if name == "cost":
-        found = experiments.cost(preset == "quick")
+        found = experiments.cost(preset, finished)
         notes, made, figure = [], report.cost_tables(found), report.cost_picture(found)
         machine = found["settings"][0]["machine"]
         commits = [machine["commit"]]
