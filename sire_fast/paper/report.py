@@ -137,8 +137,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 def _number(value: dict[str, float | None]) -> str:
     mean, sd = value["mean"], value["sd"]
-    digits = (".3g", ".2g") if mean >= 10 else (".3f", ".3f")
-    return format(mean, digits[0]) + ("" if sd is None else f" ± {sd:{digits[1]}}")
+    digits = 3 if mean < 10 else 1 if mean < 100 else 0
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
 def _times(times: list[dict[str, float] | None]) -> str:
