@@ -155,10 +155,11 @@ def _convergence() -> Iterator[Case]:
         "GRU": {},
         "GRU, shuffled": {"fresh": True},
         "GRU, SIRE as published": {"swaps": "published", "compare": "swap", "weight": 1.0},
+        "GRU, SIRE at all swaps": {"swaps": "adjacent:all", "compare": "swap"},
         "GRU, SIRE on outputs": _ON_OUTPUTS,
         "GRU, SIRE on outputs, shuffled": _ON_OUTPUTS | {"fresh": True},
     }
-    common = {"hidden": 64, "examples": 100_000, "lr": 2e-3, "steps": 4000, "until": 0.9}
+    common = {"hidden": 64, "examples": 100_000, "lr": 5e-3, "steps": 10_000, "until": 0.9}
     for setting, lengths in (("range of 2 to 100", tuple(range(2, 101))), ("range of 100", (100,))):
         for method, changes in methods.items():
             trial = Trial("range", train_lengths=lengths, test_lengths=(10, 50, 100), **common, **changes)
