@@ -1,8 +1,8 @@
-"""Compiles every kernel that may be launched for GPUs that need not be there: `python -m bench.aot`.
+"""What every kernel uses of GPUs that need not be there: `python -m bench.aot`.
 
-The launcher is called as for a real pass, and what it would launch is compiled. Prints registers, spills, shared memory
-and matrix instructions of each, and ends with exit code 1 if one does not fit its chip or spills more than SPILL_LIMIT
-bytes.
+Triton's launcher is called as for a real pass, and what it would launch is compiled; of the CUDA kernels it reads what
+the extension sire_fast._cuda holds. Prints registers, spills, shared memory and matrix instructions of each, and ends
+with exit code 1 if one does not fit its chip or spills more than SPILL_LIMIT, or CUDA_SPILL_LIMIT, bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from sire_fast import cuda
 from sire_fast import triton as backend
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
@@ -34,6 +36,7 @@ CAPABILITIES = (80, 90, 100)
 ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HIDDEN = (16, 32, 64, 128, 256, 512, 1024)
 SPILL_LIMIT = 128
+CUDA_SPILL_LIMIT = 192  # an LSTM's weights take 128 of a thread's 255 registers
 
 
 class Job(NamedTuple):
@@ -57,11 +60,12 @@ class Usage(NamedTuple):
     spilled: int  # bytes of a thread
     shared: int  # bytes of a block
     instructions: str  # on matrices
+    spill_limit: int = SPILL_LIMIT
 
     def complaints(self, capability: int) -> list[str]:
         found = []
-        if self.spilled > SPILL_LIMIT:
-            found.append(f"spills more than {SPILL_LIMIT} bytes")
+        if self.spilled > self.spill_limit:
+            found.append(f"spills more than {self.spill_limit} bytes")
         if self.shared > 1024 * SHARED_MEMORY[capability]:
             found.append(f"does not fit {SHARED_MEMORY[capability]} KiB")
         return found
@@ -114,22 +118,59 @@ def train(cell: str, hidden: int, dtype: torch.dtype, recompute: bool) -> None:
     track, last, ended = (empty(*size, hidden, dtype=wide) for size in ((T, B), (B,), (B, K)))
     penalty = empty(B, K, dtype=wide)
     kept = empty(*gates), empty(*spans, dtype=wide)
-    launches.forward(cell, True, recompute, inputs, [track, last, last, ended, penalty, track, ended, *kept])
+    launches.forward(cell, True, inputs, [track, last, last, ended, penalty, track, ended, *kept])
     grads = [track, last, last, ended, penalty, track, ended]
     wanted = [torch.empty_like(t) if t is not None else None for t in inputs[:7]]
     launches.backward(cell, recompute, [*grads, *inputs, track, track, *kept], wanted)
+
+
+def _dump(path: str) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _used(told: str) -> dict[str, int]:
+    return {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
 
 
 def usage(name: str, binary: Any) -> Usage:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        told = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    used = {what: int(number) for what, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", told)}
+        used = _used(_dump(file.name))
     instructions = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*\.(m\d+n\d+k\d+\S*)", binary.asm["ptx"])
     matrix = " ".join(sorted({*instructions})) or "no matrices"
     return Usage(name, used["REG"], used["STACK"] + used["LOCAL"], binary.metadata.shared, matrix)
+
+
+# how the compiler writes types in the names of functions
+_MANGLED = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+_KERNEL = re.compile(r"(forward|backward)_kernelINS_\d+(\w+?)E(f|13__nv_bfloat16|6__half)EE")
+
+
+def _fits(cell: str, dtype: str, hidden: int, capability: int) -> bool:
+    return cuda._cuda.shared_bytes(cell, dtype, hidden) <= 1024 * SHARED_MEMORY[capability]
+
+
+def extension() -> dict[int, list[Usage]]:
+    """Capability -> what the CUDA kernels in the extension use there, for the largest H that is served: of those that a
+    block holds alone, from capability 9.0 on a cluster of blocks."""
+    found: dict[int, list[Usage]] = {}
+    for code in re.split(r"(?=\barch = )", _dump(cuda._cuda.__file__))[1:]:
+        capability = int(re.match(r"arch = sm_(\d+)", code)[1])
+        for name, told in re.findall(r"Function (\S+):\s*(.*)", code):
+            kernel = _KERNEL.search(name)
+            if not kernel:
+                continue
+            kind, cell, dtype = kernel[1], re.sub(r"(?<=n)(?=[A-Z])", "_", kernel[2]).lower(), _MANGLED[kernel[3]]
+            blocks = (1,) if capability < 90 else (1, 2, 4, 8, 16)
+            # larger ones are refused
+            H = max(h for h in HIDDEN if cuda._cuda.cluster(h, dtype) in blocks and _fits(cell, dtype, h, capability))
+            used, shared = _used(told), cuda._cuda.shared_bytes(cell, dtype, H)
+            spilled, title = used["STACK"] + used["LOCAL"], f"{kind} {cell} {dtype} H<={H}"
+            usage = Usage(title, used["REG"], spilled, shared, "mma.sync", CUDA_SPILL_LIMIT)
+            found.setdefault(capability, []).append(usage)
+    return found
 
 
 def _compiled_all(todo: Sequence[Job]) -> Iterator[list[Usage]]:
@@ -139,23 +180,39 @@ def _compiled_all(todo: Sequence[Job]) -> Iterator[list[Usage]]:
             yield from pool.map(compiled, alike)
 
 
+def _compiled(options: argparse.Namespace) -> Iterator[tuple[str, int, list[Usage]]]:
+    """What is compiled, for which capability, and what it uses."""
+    if "triton" in options.backend:
+        chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
+        todo = jobs(options.capability, options.cell, chosen)
+        for n, (job, used) in enumerate(zip(todo, _compiled_all(todo), strict=True), 1):
+            yield f"{n}/{len(todo)} {job}", job.capability, used
+    if "cuda" in options.backend:
+        for capability, used in extension().items():
+            if capability in options.capability:
+                yield f"sm_{capability} {Path(cuda._cuda.__file__).name}", capability, used
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
+    parser.add_argument("--backend", nargs="+", choices=("triton", "cuda"), help="default: those that are there")
     parser.add_argument("--capability", type=int, nargs="+", choices=CAPABILITIES, default=CAPABILITIES)
-    parser.add_argument("--cell", nargs="+", choices=[*CELLS], default=[*CELLS])
+    parser.add_argument("--cell", nargs="+", choices=[*CELLS], default=[*CELLS], help="of triton")
     sizes = [f"{arithmetic}:{hidden}" for arithmetic in ARITHMETIC for hidden in HIDDEN]
-    parser.add_argument("--only", nargs="+", choices=sizes, default=sizes, metavar="ARITHMETIC:H")
+    parser.add_argument("--only", nargs="+", choices=sizes, default=sizes, metavar="ARITHMETIC:H", help="of triton")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.aot: TRITON_INTERPRET is set, under which nothing is compiled", file=sys.stderr)
         return 2
-    chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
-    todo = jobs(options.capability, options.cell, chosen)
+    options.backend = options.backend or (["triton", "cuda"] if cuda._cuda else ["triton"])
+    if "cuda" in options.backend and not cuda._cuda:
+        print(f"bench.aot: the extension sire_fast._cuda cannot be loaded: {cuda.MISSING}", file=sys.stderr)
+        return 2
     kernels = failed = 0
-    for n, (job, used) in enumerate(zip(todo, _compiled_all(todo), strict=True), 1):
-        print(f"{n}/{len(todo)} {job}")
+    for title, capability, used in _compiled(options):
+        print(title)
         for each in used:
-            complaints = ", ".join(each.complaints(job.capability))
+            complaints = ", ".join(each.complaints(capability))
             kernels, failed = kernels + 1, failed + bool(complaints)
             told = f"{each.registers:3} registers, {each.spilled:3} bytes spilled, {each.shared >> 10:3} KiB shared"
             verdict = f" FAILS: {complaints}" if complaints else ""

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check, check_cases, first_line
-from sire_fast import backends, benchmark, swaps
+from sire_fast import backends, benchmark, cuda, swaps
 from sire_fast.benchmark import Setting, Step, quartiles, ratio
 from sire_fast.cells import CELLS
 
@@ -38,6 +38,7 @@ TOTAL, CHECK = 450.0, 145.0  # seconds, of all and of the check
 ITEM = 8.0  # seconds of one setting, after its warm-up
 ROUNDS, QUICK_ROUNDS, FEWEST = 11, 2, 3  # of a contestant; FEWEST however slow it is
 INPUTS = 3  # sets that take turns, so that the cache does not hold the input of the next step
+BARRIERS = 10_000  # behind each other, to time one
 AT_LEAST = 0.01  # seconds between two events: the clock of a GPU is coarse
 
 _CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}  # a Setting's name -> a key of CELLS
@@ -150,11 +151,11 @@ class Work(NamedTuple):
     step_flops: int
     step_bytes: int
 
-    def floor(self, flops: float, bandwidth: float) -> dict[str, float]:
-        """Seconds below which no device of such rates gets."""
+    def floor(self, flops: float, bandwidth: float, latency: float) -> dict[str, float]:
+        """Seconds below which no device of such rates gets, where the threads of a sequence meet once in a step."""
         return {
-            "forward": max(self.forward_flops / flops, self.forward_bytes / bandwidth),
-            "step": max(self.step_flops / flops, self.step_bytes / bandwidth),
+            "forward": max(self.forward_flops / flops, self.forward_bytes / bandwidth, latency),
+            "step": max(self.step_flops / flops, self.step_bytes / bandwidth, 2 * latency),
         }
 
 
@@ -193,8 +194,9 @@ def seconds_of(run: Callable[[], object], repeat: int, device: str) -> float:
 
 
 def rates(device: str, side: int = 8192) -> dict[str, float]:
-    """What the device reaches: bytes per second of a copy, read and written, and operations per second of a product
-    of square matrices in every arithmetic."""
+    """What the device reaches: bytes per second of a copy, read and written, operations per second of a product of
+    square matrices in every arithmetic, and, if the extension is there, seconds of a barrier of a block, "barrier", and
+    of clusters of blocks, "barrier of 2" and so on."""
 
     def median(run: Callable[[], object]) -> float:
         seconds_of(run, 3, device)
@@ -207,6 +209,9 @@ def rates(device: str, side: int = 8192) -> dict[str, float]:
         square = torch.randn(side, side, device=device).to(dtype)
         with arithmetic_of(name):
             found[name] = 2 * side**3 / median(lambda square=square: square @ square)
+    for blocks in cuda.cluster_sizes(torch.device(device)):
+        took = median(lambda blocks=blocks: cuda.barriers(BARRIERS, blocks, torch.device(device)))
+        found["barrier" + f" of {blocks}" * (blocks > 1)] = took / BARRIERS
     return found
 
 
@@ -316,7 +321,9 @@ def as_json(item: Item, measured: Measured, speed: Mapping[str, float]) -> dict[
     """What the result file holds of an item: seconds, microseconds per step, and how far they are from the floor."""
 
     def contestant(name: str, found: dict[str, list[float]]) -> dict[str, Any]:
-        least = work(item.setting, not name.endswith("plain")).floor(speed[item.arithmetic], speed["bandwidth"])
+        latency = item.setting.T * speed.get("barrier", 0)
+        swapped = not name.endswith("plain")
+        least = work(item.setting, swapped).floor(speed[item.arithmetic], speed["bandwidth"], latency)
         told: dict[str, Any] = {"peak_bytes": found["peak"]}
         for what, floor in least.items():
             seconds = quartiles(found[what])

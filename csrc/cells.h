@@ -9,7 +9,9 @@
 //   d*    gradient of the loss with respect to *; ds leaves out the path through u, which is a product with
 //   W_hh
 //
-// M supplies V (a number or a vector of them) and sigmoid, tanh, relu, positive(condition, value).
+// saved counts the blocks of H in kept, gradients the different ones of dx and du: du's, and dx's last if it
+// is not du's. M supplies V (a number or a vector of them) and sigmoid, tanh, relu, positive(condition,
+// value).
 #pragma once
 
 #ifdef __CUDACC__
@@ -21,7 +23,7 @@
 namespace sire_fast {
 
 struct RnnTanh {
-  static constexpr int gates = 1, states = 1, saved = 0;
+  static constexpr int gates = 1, states = 1, saved = 0, gradients = 1;
 
   template <class M, class V = typename M::V>
   static SIRE_FN void step(const V* x, const V* u, const V*, V* next, V*) {
@@ -36,7 +38,7 @@ struct RnnTanh {
 };
 
 struct RnnRelu {
-  static constexpr int gates = 1, states = 1, saved = 0;
+  static constexpr int gates = 1, states = 1, saved = 0, gradients = 1;
 
   template <class M, class V = typename M::V>
   static SIRE_FN void step(const V* x, const V* u, const V*, V* next, V*) {
@@ -51,7 +53,7 @@ struct RnnRelu {
 };
 
 struct Gru {
-  static constexpr int gates = 3, states = 1, saved = 4;
+  static constexpr int gates = 3, states = 1, saved = 4, gradients = 4;
 
   template <class M, class V = typename M::V>
   static SIRE_FN void step(const V* x, const V* u, const V* s, V* next, V* kept) {
@@ -78,7 +80,7 @@ struct Gru {
 };
 
 struct Lstm {
-  static constexpr int gates = 4, states = 2, saved = 4;
+  static constexpr int gates = 4, states = 2, saved = 4, gradients = 4;
 
   template <class M, class V = typename M::V>
   static SIRE_FN void step(const V* x, const V* u, const V* s, V* next, V* kept) {

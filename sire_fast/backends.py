@@ -7,19 +7,23 @@ from contextlib import contextmanager
 
 import torch
 
-from sire_fast import cpu, triton
+from sire_fast import cpu, cuda, triton
 
 
 def _reference_why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     return []
 
 
-# name -> reasons why it cannot serve a call; the fastest first
+# name -> reasons why it cannot serve a call; in the order in which "auto" asks
 BACKENDS: dict[str, Callable[..., list[str]]] = {
     "cpu": cpu.why_not,
     "triton": triton.why_not,
+    "cuda": cuda.why_not,
     "reference": _reference_why_not,
 }
+
+# not yet run on a GPU: used where they are named, never by "auto"
+UNPROVEN = frozenset({"cuda"})
 
 _forced: str | None = None
 
@@ -53,7 +57,7 @@ def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device 
     """
     call = {"cell": cell, "dtype": dtype, "device": torch.device(device), "hidden_size": hidden_size}
     if backend == "auto" and not _forced:
-        return next(name for name, reasons in BACKENDS.items() if not reasons(**call))
+        return next(name for name, reasons in BACKENDS.items() if name not in UNPROVEN and not reasons(**call))
     named = _forced if backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:
@@ -68,7 +72,7 @@ def why_no_kernel(*, cell: str, dtype: torch.dtype, device: torch.device | str, 
         return []
     found: list[str] = []
     for name in BACKENDS:
-        if name != "reference":
+        if name != "reference" and name not in UNPROVEN:
             reasons = why_not(name, **call)
             if not reasons:
                 return []

@@ -319,7 +319,8 @@ def doctor() -> None:
                     for reason in backends.why_not(backend, cell=cell, **call)
                 )
                 name = str(dtype).removeprefix("torch.")
-                table.add_row(f"backend {backend}", f"{device}, {name}: {'; '.join(reasons) or 'serves'}")
+                serves = "serves where it is named, not yet run on a GPU" if backend in backends.UNPROVEN else "serves"
+                table.add_row(f"backend {backend}", f"{device}, {name}: {'; '.join(reasons) or serves}")
     table.add_row("layers", cpu.SLOWER_THAN_TORCH)
     _console.print(table)
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import cpu, triton
+from sire_fast import cpu, cuda, triton
 from sire_fast.cells import CELLS
 from sire_fast.reference import SwapRNN
 
 # name -> module with computed_in, span_rows, kept, forward and backward
-_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton}
+_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton, "cuda": cuda}
 
 _LIBRARY = torch.library.Library("sire_fast", "DEF")
 _LIBRARY.define(

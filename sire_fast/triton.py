@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from sire_fast import reference
+from sire_fast import gpu
 from sire_fast.cells import CELLS
 
 _INSTALLED = find_spec("triton") is not None
@@ -54,19 +54,16 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
-    """As many rows for every variant as the longest span may have: no one waits for the device to tell them."""
-    reference.check_positions(steps, swaps, ends, lengths)
-    return swaps.shape[0] * swaps.shape[1] * min(steps, longest or steps)
+span_rows = gpu.span_rows
 
 
 def kept(
     cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the outputs `gates`, the originals' before the spans', and `spans`, which holds states alone."""
-    from sire_fast.kernels import launch
+    """Shapes of the outputs `gates` and `spans`."""
+    from sire_fast.kernels.cells import CELLS
 
-    return launch.kept(cell, steps, batch, hidden, span_rows, train, recompute)
+    return gpu.kept(cell, CELLS[cell].kept, steps, batch, hidden, span_rows, train, recompute)
 
 
 def forward(
@@ -75,13 +72,8 @@ def forward(
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     from sire_fast.kernels import launch
 
-    x, *_, swaps, ends, lengths = inputs
-    reference.check_positions(x.shape[0], swaps, ends, lengths)
-    if train and swaps.numel() and swaps.device.type == "cpu":
-        needed, rows = int((ends - swaps[..., 0]).max()) + 1, outputs[-1].shape[0] // swaps[..., 0].numel()
-        if rows < needed:
-            raise ValueError(f"longest: expected at least {needed}, the longest span, got {rows}")
-    launch.forward(cell, train, recompute, inputs, outputs)
+    gpu.check(train, inputs, outputs[-1])
+    launch.forward(cell, train, inputs, outputs)
 
 
 def backward(

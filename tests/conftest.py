@@ -1,16 +1,19 @@
 """Every test starts from the same seed, in threads of torch's default number, with memory that nobody wrote filled
-with NaN: an output that a kernel leaves out cannot pass. The Triton kernels are run by Triton's interpreter."""
+with NaN: an output that a kernel leaves out cannot pass. The Triton kernels are run by Triton's interpreter, the CUDA
+kernels by a build of theirs for the CPU, see gpu_on_host.h."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
 
-from sire_fast import cpu
+from sire_fast import cpu, cuda
 
 # Triton reads it when kernels are imported; outside the tests of that backend it would make "auto" choose it
 os.environ["TRITON_INTERPRET"] = "1"
@@ -44,11 +47,20 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def host_build(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA kernels for the CPU."""
+    return cuda_on_host.load(cuda_on_host.build(tmp_path_factory.mktemp("cuda")))
+
+
 @pytest.fixture(autouse=True)
-def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    callspec = getattr(request.node, "callspec", None)
-    if callspec and "triton" in callspec.params.values():
+def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends of GPUs, where a test has one as a parameter."""
+    parameters = getattr(request.node, "callspec", None) and request.node.callspec.params.values()
+    if parameters and "triton" in parameters:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+    if parameters and "cuda" in parameters:
+        monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("host_build"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -113,8 +113,19 @@ def test_the_floor_by_hand():
     step = forward + 2 * (x + weights + states + output + x + weights)
     assert gpu.work(setting, True) == (flops, forward, 3 * flops, step)
     assert gpu.work(setting, False)[:2] == (2 * 4 * 4 * (5 * 6 + 4 * 6), 2 * (x + weights + 6 * 4 * 2))
-    assert gpu.work(setting, True).floor(flops, 1e9) == {"forward": 1, "step": 3}
-    assert gpu.work(setting, True).floor(1e9, forward)["forward"] == 1
+    assert gpu.work(setting, True).floor(flops, 1e9, 0) == {"forward": 1, "step": 3}
+    assert gpu.work(setting, True).floor(1e9, forward, 0)["forward"] == 1
+    assert gpu.work(setting, True).floor(1e9, 1e9, 2) == {"forward": 2, "step": 4}
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_barriers_are_timed(backend, monkeypatch):
+    monkeypatch.setattr(gpu, "BARRIERS", 2)
+    found = gpu.rates("cpu", 16)
+    assert {name for name in found if name.startswith("barrier")} == {
+        "barrier", "barrier of 2", "barrier of 4", "barrier of 8", "barrier of 16"
+    }  # fmt: skip
+    assert all(value > 0 for value in found.values())
 
 
 def test_global_flags_are_restored():

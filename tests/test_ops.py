@@ -17,13 +17,19 @@ from sire_fast import _C, backends, functional, ops, reference, swaps
 from sire_fast.cells import CELLS
 
 KERNELS = [name for name in backends.BACKENDS if name != "reference"]
+WIDEST = {"cuda": torch.float32}  # the dtype of those that do not compute in float64
+
+
+def make_for(backend: str, case: Case) -> dict[str, Any]:
+    """Arguments for a case in the widest dtype that a backend computes in."""
+    return cast(make(case), WIDEST.get(backend, torch.float64))
 
 
 @pytest.fixture
 def kernel(request: pytest.FixtureRequest) -> Any:
     """A backend; "cpu" with the named instruction set."""
-    if request.param == "triton":
-        yield "triton"
+    if request.param in ("triton", "cuda"):
+        yield request.param
         return
     before = _C.instruction_set()
     _C.use_instruction_set(request.param)
@@ -31,17 +37,17 @@ def kernel(request: pytest.FixtureRequest) -> Any:
     _C.use_instruction_set(before)
 
 
-def every_kernel(of_triton: list[Case]) -> pytest.MarkDecorator:
-    """All cases for the compiled kernels; for those that an interpreter runs, which is slow, the ones named."""
+def every_kernel(of_gpus: dict[str, list[Case]]) -> pytest.MarkDecorator:
+    """All cases for the CPU's kernels; for those of GPUs, which are slow here, the ones named."""
     on_cpu = [(name, case) for name in _C.instruction_sets() for case in CASES]
-    pairs = [("triton", case) for case in of_triton] + on_cpu
+    pairs = [(name, case) for name, cases in of_gpus.items() for case in cases] + on_cpu
     return pytest.mark.parametrize(("kernel", "case"), pairs, indirect=["kernel"], ids=str)
 
 
 FEW = CASES[::4]  # of every cell, size and option some
 
 
-@every_kernel(CASES)
+@every_kernel({"triton": CASES})
 def test_float64(case: Case, kernel: str) -> None:
     arguments = make(case)
     truth, ours = run(case.cell, arguments, "reference"), run(case.cell, arguments, kernel)
@@ -50,12 +56,12 @@ def test_float64(case: Case, kernel: str) -> None:
         assert error(value, truth[name]) < 1e-12, name
 
 
-@every_kernel(FEW)
+@every_kernel({"triton": FEW, "cuda": CASES})
 def test_float32(case: Case, kernel: str) -> None:
     assert_as_good_as_reference(case.cell, make(case), torch.float32, kernel)
 
 
-@every_kernel(FEW)
+@every_kernel({"triton": FEW, "cuda": FEW})
 def test_bfloat16(case: Case, kernel: str) -> None:
     """The states stay float32 inside, so that the error is that of rounding what comes in and goes out, and of
     products of rounded factors; the reference rounds every step."""
@@ -64,7 +70,7 @@ def test_bfloat16(case: Case, kernel: str) -> None:
 
 # relu's derivative jumps where rounding changes a sign
 @pytest.mark.parametrize("case", [case for case in FEW if case.cell != "rnn_relu"], ids=str)
-@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_float16(case: Case, backend: str) -> None:
     assert_as_good_as_reference(case.cell, make(case), torch.float16, backend)
 
@@ -89,6 +95,8 @@ def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -
     if cell == "rnn_relu" and scale > 1:
         arguments["w_hh"] = (arguments["w_hh"].detach() / scale).requires_grad_()
     assert_as_good_as_reference(cell, arguments, torch.float32, backend)
+    if backend in WIDEST:
+        return
     truth, ours = run(cell, arguments, "reference"), run(cell, arguments, backend)
     for name, value in ours.items():
         assert error(value, truth[name]) < 1e-12, name
@@ -97,7 +105,7 @@ def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_not_a_number_stays_one(cell: str, backend: str) -> None:
-    arguments = make(Case(cell, 3, 2, 5, 1))
+    arguments = make_for(backend, Case(cell, 3, 2, 5, 1))
     with torch.no_grad():
         arguments["x_proj"][1, 0] = float("nan")
         output = functional.swap_rnn(cell, **arguments, backend=backend).output
@@ -131,11 +139,12 @@ def test_gradcheck(cell: str, backend: str, wanted: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_opcheck(cell: str, backend: str) -> None:
-    a = make(Case(cell, 4, 3, 3, 2, inputs=5))
+    a = make_for(backend, Case(cell, 4, 3, 3, 2, inputs=5))
     a["swaps"] = torch.tensor([[0, 2], [0, 3]]).expand(3, 2, 2)  # spans that fill what a GPU keeps for them
     ends, lengths = reference.fill_defaults(a["x_proj"], a["swaps"], None, a["lengths"])
     rows = ops.span_rows(backend, 4, a["swaps"], ends, lengths, None)
-    settings, positions = (cell, backend, "float64", False), (a["swaps"], ends, lengths)
+    arithmetic = str(a["x_proj"].dtype).removeprefix("torch.")
+    settings, positions = (cell, backend, arithmetic, False), (a["swaps"], ends, lengths)
     tensors = [a[name] for name in oracle.TENSORS]
     torch.library.opcheck(torch.ops.sire_fast.swap_rnn.default, (*settings, *tensors, *positions, rows, True))
     frozen = [t if t is None else t.detach() for t in tensors]
@@ -146,7 +155,7 @@ def test_opcheck(cell: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_inference_gives_the_same_bits(cell: str, backend: str) -> None:
     """Without gradients the variants' states are overwritten in place and no gate is kept."""
-    arguments = make(Case(cell, 9, 5, 17, 4, ragged=True))
+    arguments = make_for(backend, Case(cell, 9, 5, 17, 4, ragged=True))
     training = functional.swap_rnn(cell, **arguments, backend=backend)
     with torch.no_grad():
         inference = functional.swap_rnn(cell, **arguments, backend=backend)
@@ -172,7 +181,7 @@ def test_same_bits_again_and_close_on_other_thread_counts(cell: str, backend: st
 def test_any_strides(backend: str) -> None:
     """Kernels read raw memory: what is transposed, sliced, expanded or offset must be seen as it is."""
     case = Case("lstm", 5, 3, 6, 2, compare="swap", inputs=4)
-    plain = make(case)
+    plain = make_for(backend, case)
     truth = run("lstm", plain, backend)
 
     def restride(t: Tensor) -> Tensor:
@@ -194,7 +203,7 @@ def test_any_strides(backend: str) -> None:
     ones = torch.autograd.grad(
         [outputs.output, outputs.penalty],
         plain["w_hh"],
-        [torch.ones(3, 5, 6, dtype=torch.float64).transpose(0, 1), torch.ones_like(outputs.penalty)],
+        [torch.ones(3, 5, 6).to(outputs.output).transpose(0, 1), torch.ones_like(outputs.penalty)],
     )
     assert torch.equal(expanded[0], ones[0])
 
@@ -202,21 +211,22 @@ def test_any_strides(backend: str) -> None:
 @pytest.mark.parametrize("backend", KERNELS)
 def test_each_output_alone(backend: str) -> None:
     """A gradient that arrives through one output only: the others' are absent, not zeros."""
-    arguments = make(Case("lstm", 5, 3, 4, 2))
+    arguments = make_for(backend, Case("lstm", 5, 3, 4, 2))
     names = [n for n in oracle.TENSORS if arguments[n] is not None]
+    tolerances = {"rtol": 1e-4, "atol": 1e-5} if backend in WIDEST else {"rtol": 1e-10, "atol": 1e-12}
     for field in reference.SwapRNN._fields:
         ours = getattr(functional.swap_rnn("lstm", **arguments, backend=backend), field).square().sum()
         truth = getattr(reference.swap_rnn("lstm", **arguments), field).square().sum()
         got = torch.autograd.grad(ours, [arguments[n] for n in names])
         expected = torch.autograd.grad(truth, [arguments[n] for n in names], materialize_grads=True)
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12, msg=field)
+        torch.testing.assert_close(got, expected, **tolerances, msg=field)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_exact_zeros(cell: str, backend: str) -> None:
     """Equal inputs, and pairs that exchange nothing, give a penalty of exactly 0 and no gradient."""
-    arguments = make(Case(cell, 6, 3, 18, 4))
+    arguments = make_for(backend, Case(cell, 6, 3, 18, 4))
     arguments["swaps"] = torch.tensor([[0, 3], [1, 4], [2, 2], [5, 5]]).expand(3, 4, 2)
     with torch.no_grad():
         arguments["x_proj"][3] = arguments["x_proj"][0]
@@ -230,7 +240,7 @@ def test_exact_zeros(cell: str, backend: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 def test_a_pair_that_exchanges_nothing_is_the_original(cell: str, backend: str) -> None:
-    arguments = make(Case(cell, 6, 5, 9, 3, ragged=True))
+    arguments = make_for(backend, Case(cell, 6, 5, 9, 3, ragged=True))
     arguments["swaps"] = arguments["swaps"][..., :1].expand(-1, -1, 2)
     run = functional.swap_rnn(cell, **arguments, backend=backend)
     assert torch.equal(run.variants, run.h_n[:, None].expand(-1, 3, -1))
@@ -265,7 +275,7 @@ def test_one_swap_by_hand(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 def test_no_second_gradient_in_silence(backend: str) -> None:
-    arguments = make(Case("gru", 3, 2, 3, 1))
+    arguments = make_for(backend, Case("gru", 3, 2, 3, 1))
     output = functional.swap_rnn("gru", **arguments, backend=backend).output
     (first,) = torch.autograd.grad(output.square().sum(), arguments["x_proj"], create_graph=True)
     with pytest.raises(NotImplementedError, match="reference"):
@@ -334,8 +344,11 @@ WRONG = {
 @pytest.mark.parametrize("backend", backends.BACKENDS)
 @pytest.mark.parametrize("message", WRONG)
 def test_refuses(message: str, backend: str) -> None:
+    arguments = WRONG[message]
+    if backend in WIDEST and message.startswith(("swaps", "ends", "lengths")):  # what the backend itself looks at
+        arguments = cast(arguments, WIDEST[backend])
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        functional.swap_rnn("gru", **WRONG[message], backend=backend)
+        functional.swap_rnn("gru", **arguments, backend=backend)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -363,7 +376,7 @@ def test_a_named_backend_is_used_or_refused() -> None:
 def test_the_callers_denormals_survive(backend: str) -> None:
     """Inside the kernels denormals are flushed; a processor left in that mode would change the caller's results."""
     torch.set_num_threads(1)
-    run("gru", make(Case("gru", 4, 2, 3, 1)), backend)
+    run("gru", make_for(backend, Case("gru", 4, 2, 3, 1)), backend)
     assert (torch.full((64,), 1e-40) * 0.5 != 0).all()
 
 

@@ -267,6 +267,17 @@ def test_every_trial_has_a_file_of_its_own(monkeypatch, tmp_path, name, preset):
         assert set(EXPERIMENTS[name].published) <= methods
 
 
+def test_the_overview_tells_the_last_target_that_all_runs_reach():
+    def row(method, **targets):
+        return {"setting": "s", "method": method, "budget": "steps", "targets": targets}
+
+    reached, never = [{"epochs": 1.5, "seconds": 9.0}], [None]
+    rows = [row("a", low=reached, middle=reached, high=reached), row("b", low=reached, middle=reached, high=never)]
+    title, (headings, *lines) = report.overview({"about": "about", "rows": rows})
+    assert (title, headings[1:]) == ("about", ["s: epochs, s to middle"])
+    assert lines == [["a", "1.50, 9.0 (1 of 1)"], ["b", "1.50, 9.0 (1 of 1)"]]
+
+
 def test_the_gap_to_a_published_number_is_printed():
     case = experiments.Case("s", "m", TINY)
     run = trials.run(TINY)

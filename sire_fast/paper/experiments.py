@@ -253,7 +253,6 @@ EXPERIMENTS = {
         "epochs and seconds until a range is learned",
         _convergence,
         "history",
-        at=("100",),
         targets=(0.25, 0.5, 0.75, 0.9),
     ),
     "lengths": Experiment("length of training against length of the test", _lengths, "heat map", at=("100",)),

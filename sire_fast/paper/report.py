@@ -173,6 +173,11 @@ def overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
     headings: dict[tuple[str, str], str] = {}
     table: dict[str, dict[tuple[str, str], str]] = {}
     for row in rows:
+        if "targets" in row:
+            target = _farthest([r["targets"] for r in rows if r["setting"] == row["setting"]])
+            headings[row["setting"], target] = f"{row['setting']}: epochs, s to {target}"
+            table.setdefault(row["method"], {})[row["setting"], target] = _times(row["targets"][target])
+            continue
         metric, values = _drawn(row)
         for column in [c for c in found["at"] if c in values] or [next(iter(values))]:
             at = f" at {column}" if len(values) > 1 else ""
@@ -180,6 +185,13 @@ def overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:
             table.setdefault(row["method"], {})[row["setting"], column] = _number(values[column])
     cells = [[method, *(line.get(key, "-") for key in headings)] for method, line in table.items()]
     return found["about"], [["", *headings.values()], *cells]
+
+
+def _farthest(of_methods: list[dict[str, list[dict[str, float] | None]]]) -> str:
+    """The last target that every run of all methods reaches, or else the first."""
+    first, *targets = of_methods[0]
+    reached = [t for t in targets if all(all(times[t]) for times in of_methods)]
+    return reached[-1] if reached else first
 
 
 def cost_overview(found: dict[str, Any]) -> tuple[str, list[list[str]]]:

@@ -1,0 +1,100 @@
+// The Python module sire_fast._cuda: numbers, addresses and a stream in, one of the kernels of cuda.h
+// started.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <vector>
+
+#include "cuda.h"
+
+namespace py = pybind11;
+using namespace sire_fast::cuda;
+
+namespace {
+
+using Numbers = std::vector<int>;
+using Addresses = std::vector<uintptr_t>;
+
+// Reads addresses one after the other, in the order in which the Python side lists them.
+class Reader {
+ public:
+  explicit Reader(const Addresses& addresses) : next_(addresses.begin()) {}
+  template <class... P>
+  void operator()(P*&... p) {
+    ((p = reinterpret_cast<P*>(*next_++)), ...);
+  }
+
+ private:
+  Addresses::const_iterator next_;
+};
+
+void read_pass(Pass& to, const Numbers& n, Reader& next) {
+  to.T = n.at(0), to.B = n.at(1), to.K = n.at(2), to.H = n.at(3);
+  to.S = n.at(4), to.N = n.at(5), to.V = n.at(6), to.cluster = n.at(7), to.tf32 = n.at(8);
+  next(to.x, to.w_hh, to.b_hh, to.start[0], to.start[1], to.swaps, to.ends, to.lengths);
+}
+
+constexpr std::array<const char*, kCells> kCellNames{"rnn_tanh", "rnn_relu", "gru", "lstm"};
+
+int cell_number(const std::string& name) {
+  for (int n = 0; n < kCells; ++n)
+    if (name == kCellNames[size_t(n)]) return n;
+  throw py::value_error("cell: got " + name);
+}
+
+Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return Dtype::float32;
+  if (name == "bfloat16") return Dtype::bfloat16;
+  if (name == "float16") return Dtype::float16;
+  throw py::value_error("dtype: got " + name);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "CUDA kernels of sire_fast; called by sire_fast.cuda, which knows the order of the addresses.";
+#ifdef SIRE_ON_HOST
+  m.attr("device") = "cpu";
+#else
+  m.attr("device") = "cuda";
+#endif
+  m.attr("rows") = kRows;
+  m.def("cluster", [](int H, const std::string& dtype) { return cluster(H, dtype_of(dtype)); });
+  m.def("shared_bytes", [](const std::string& cell, const std::string& dtype, int H) {
+    return shared_bytes(cell_number(cell), dtype_of(dtype), H);
+  });
+  m.def("saved_gates", [](const std::string& cell) { return saved_gates(cell_number(cell)); });
+  m.def("gradients", [](const std::string& cell) { return gradients(cell_number(cell)); });
+  m.def("forward", [](const std::string& cell, const std::string& dtype, const Numbers& numbers,
+                      const Addresses& addresses, uintptr_t stream) {
+    Forward f{};
+    Reader next(addresses);
+    read_pass(f, numbers, next);
+    next(f.states[0], f.states[1], f.last[0], f.last[1], f.variants[0], f.variants[1], f.penalty, f.gates,
+         f.spans);
+    forward(cell_number(cell), dtype_of(dtype), f, stream);
+  });
+  m.def("backward", [](const std::string& cell, const std::string& dtype, const Numbers& numbers,
+                       const Addresses& addresses, uintptr_t stream) {
+    Backward g{};
+    Reader next(addresses);
+    read_pass(g, numbers, next);
+    next(g.d_states[0], g.d_states[1], g.d_last[0], g.d_last[1], g.d_variants[0], g.d_variants[1],
+         g.d_penalty);
+    next(g.states[0], g.states[1], g.gates, g.spans, g.end_times, g.end_order, g.start_times, g.start_order);
+    next(g.dx, g.du, g.d_spans, g.d_first, g.d_start[0], g.d_start[1]);
+    backward(cell_number(cell), dtype_of(dtype), g, stream);
+  });
+  m.def("gather", [](const std::string& cell, const std::string& dtype, const Numbers& numbers,
+                     const Addresses& addresses, uintptr_t stream) {
+    Gather call{};
+    call.T = numbers.at(0), call.B = numbers.at(1), call.K = numbers.at(2), call.H = numbers.at(3),
+    call.S = numbers.at(4);
+    Reader next(addresses);
+    next(call.swaps, call.ends, call.d_spans, call.d_first, call.dx);
+    gather(cell_number(cell), dtype_of(dtype), call, stream);
+  });
+  m.def("barriers", [](int count, int cluster, uintptr_t stream) { barriers({count, cluster}, stream); });
+}

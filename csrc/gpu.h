@@ -1,0 +1,128 @@
+// The few things of a GPU that cuda.cu uses, each behind one name. tests/gpu_on_host.h has the same for a
+// CPU.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define SIRE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+#define SIRE_HOST_DEVICE __host__ __device__ __forceinline__
+#define SIRE_DEVICE __device__ __forceinline__
+#define SIRE_UNROLL _Pragma("unroll")
+#define SIRE_ROLLED _Pragma("unroll 1")
+
+namespace sire_fast::gpu {
+
+using Bfloat16 = __nv_bfloat16;
+using Float16 = __half;
+
+SIRE_DEVICE int thread() { return int(threadIdx.x); }
+SIRE_DEVICE int threads() { return int(blockDim.x); }
+SIRE_DEVICE int block() { return int(blockIdx.x); }
+
+// All dynamic shared memory of the block, at 16 bytes.
+SIRE_DEVICE char* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<char*>(memory);
+}
+
+SIRE_DEVICE void barrier() { __syncthreads(); }
+SIRE_DEVICE void warp_barrier() { __syncwarp(); }
+
+// Orders what the blocks of a cluster have written, to shared and to global memory.
+SIRE_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Stores 16 bytes where `to`, in this block's shared memory, lies in that of another block of the cluster.
+SIRE_DEVICE void store_to_peer(void* to, int rank, uint4 value) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(address)
+      : "r"(uint32_t(__cvta_generic_to_shared(to))), "r"(rank));
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+#endif
+}
+
+// Starts to copy 16 bytes from global to shared memory, both at 16 bytes.
+SIRE_DEVICE void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+}
+
+// Waits for what this thread has started to copy; others see it behind a barrier.
+SIRE_DEVICE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+SIRE_DEVICE float warp_sum(float x) {
+  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(0xffffffff, x, distance);
+  return x;
+}
+
+SIRE_DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
+SIRE_DEVICE uint32_t bits(Bfloat16 x) { return __bfloat16_as_ushort(x); }
+SIRE_DEVICE uint32_t bits(Float16 x) { return __half_as_ushort(x); }
+SIRE_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
+// Rounds to TF32, where it stands: taken out of a loop, the two halves of what stays in registers would not
+// fit there.
+SIRE_DEVICE float to_tf32(float x) {
+  uint32_t rounded;
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
+  return from_bits(rounded);
+}
+
+// d += a b on the matrix unit of a warp, m16n8k16, or m16n8k8 in TF32: words of 32 bits hold two neighbouring
+// factors along the sum, or one. Lane 4 l + q holds of a the words (row l, word q), (l + 8, q), (l, q + 4)
+// and (l + 8, q + 4), of b those of column l, words q and q + 4, and of d the rows l, l, l + 8, l + 8 of
+// columns 2 q and 2 q + 1 in turn. Source: PTX ISA, "Matrix Fragments for mma.m16n8k16" and "...
+// mma.m16n8k8".
+#define SIRE_MMA(name, type, shape)                                                                  \
+  SIRE_DEVICE void name(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], type) {       \
+    asm("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                         \
+  }
+SIRE_MMA(mma, Bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+SIRE_MMA(mma, Float16, "m16n8k16.row.col.f32.f16.f16.f32")
+SIRE_MMA(mma, float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef SIRE_MMA
+
+SIRE_DEVICE float exp(float x) { return expf(x); }
+SIRE_DEVICE float tanh(float x) { return tanhf(x); }
+SIRE_DEVICE float reciprocal(float x) { return __fdividef(1, x); }
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("cuda: ") + cudaGetErrorString(error));
+}
+
+// Starts a kernel on a stream, in clusters of blocks.
+template <class Call>
+void launch(void (*kernel)(Call), int64_t blocks, int cluster, int threads, size_t shared, uintptr_t stream,
+            const Call& call) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  if (cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(blocks));
+  config.blockDim = dim3(unsigned(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, call));
+}
+
+}  // namespace sire_fast::gpu

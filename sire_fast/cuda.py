@@ -1,0 +1,197 @@
+"""The backend "cuda": hands tensors to the kernels of csrc/cuda.cu as raw pointers, on the current stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sire_fast import gpu
+from sire_fast.cells import CELLS
+from sire_fast.gpu import Call
+
+try:
+    from sire_fast import _cuda
+
+    MISSING = ""
+except ImportError as error:
+    _cuda = None
+    MISSING = str(error)
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+_CLUSTERS = (9, 0)  # the capability from which on blocks work together
+
+
+def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
+    """Reasons why these kernels cannot serve a call."""
+    if _cuda is None:
+        return [f"cuda: the extension sire_fast._cuda, which is built where nvcc is found, cannot be loaded: {MISSING}"]
+    reasons = []
+    if device.type != _cuda.device:
+        reasons.append(f"cuda: runs on a GPU, got a tensor on {device}")
+    if dtype not in _DTYPES:
+        return [*reasons, f"cuda: computes in float32, bfloat16 and float16, got {dtype}"]
+    size = f"H={hidden_size} in {_name(dtype)}"
+    blocks = _blocks(hidden_size, dtype)
+    if not blocks:
+        return [*reasons, f"cuda: W_hh of {size} does not fit the registers of 16 blocks"]
+    if device.type == "cuda":
+        found = torch.cuda.get_device_capability(device)
+        needed = _CLUSTERS if blocks > 1 else _LEAST_CAPABILITY
+        if found < needed:
+            told = [".".join(map(str, capability)) for capability in (needed, found)]
+            reasons.append(f"cuda: {size} needs compute capability {told[0]} or above, {device} has {told[1]}")
+        kib = _cuda.shared_bytes(cell, _name(dtype), hidden_size) >> 10
+        has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >> 10
+        if kib >= has:
+            reasons.append(f"cuda: {size} needs {kib + 1} KiB of shared memory a block, {device} has {has}")
+    return reasons
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _blocks(hidden: int, dtype: torch.dtype) -> int:
+    """Blocks of a cluster, which share W_hh; 0 if no cluster holds it."""
+    return _cuda.cluster(hidden, _name(dtype))
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of inputs, weights and kept gates; states are float32."""
+    return dtype
+
+
+span_rows = gpu.span_rows
+
+
+def kept(
+    cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the outputs `gates` and `spans`."""
+    return gpu.kept(cell, _cuda.saved_gates(cell), steps, batch, hidden, span_rows, train, recompute)
+
+
+def forward(
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> None:
+    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
+    gpu.check(train, inputs, outputs[-1])
+    x, w_ih, b_ih, *others = gpu.contiguous(inputs)
+    output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
+    if train:
+        spans.zero_()  # rows behind a span are factors of dW_hh, next to zeros
+    tracks, last, ended = (output, cells), (h_n, c_n), (variants, variant_cells)
+    kept = (gates if gates.numel() else None, spans if train else None)
+    _forward(cell, gpu.projected(x, w_ih, b_ih), others, tracks, last, ended, penalty, *kept)
+
+
+def _forward(
+    cell: str,
+    x_proj: Tensor,
+    others: Sequence[Tensor | None],
+    tracks: tuple[Tensor, Tensor],
+    last: tuple[Tensor, Tensor],
+    ended: tuple[Tensor, Tensor],
+    penalty: Tensor,
+    gates: Tensor | None,
+    spans: Tensor | None,
+) -> None:
+    w_hh, b_hh, h0, c0, swaps, ends, lengths = others
+    call = Call.of(cell, x_proj, h0, swaps, spans)
+    start = _pair(call.start(h0, c0))
+    inputs = (x_proj, w_hh, b_hh, *start, swaps, ends, lengths)
+    results = (*tracks, *last, *ended, penalty, gates, spans)
+    _launch("forward", call, call.S if spans is not None else call.T, x_proj, (*inputs, *results))
+
+
+def backward(
+    cell: str,
+    arithmetic: str,
+    recompute: bool,
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> None:
+    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
+    gradients and what follows them in its schema, x to spans."""
+    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = gpu.contiguous(inputs)
+    x, w_ih, b_ih, *others, output, cells, gates, spans = inputs
+    w_hh, b_hh, h0, c0, swaps, ends, lengths = others
+    dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0 = gradients
+    call = Call.of(cell, x, h0, swaps, spans)
+    T, B, K, H, S = call.T, call.B, call.K, call.H, call.S
+    G, states, saved = CELLS[cell].gates, CELLS[cell].states, _cuda.saved_gates(cell)
+    if recompute and saved:
+        x_proj = gpu.projected(x, w_ih, b_ih)
+        gates = x.new_empty(kept(cell, T, B, H, B * K * S, True, False)[0])
+        last, ended = (torch.empty_like(t) for t in (output[0], spans[: B * K, :H]))
+        # all but the gates become what they were
+        _forward(
+            cell, x_proj, others, (output, cells), (last, torch.empty_like(last)), (ended, torch.empty_like(ended)),
+            spans.new_empty(B, K), gates, spans,
+        )  # fmt: skip
+    start = call.start(h0, c0)
+    D = _cuda.gradients(cell)
+    dx_proj, du = x.new_empty(T * B, G * H), x.new_empty(T * B, G * H)
+    d_spans = x.new_zeros(B * K * S, D * H)
+    d_first = spans.new_empty(B * K, (D + states) * H)
+    d_start = tuple(torch.empty_like(s) for s in start)
+    incoming = (d_output, d_cells, d_h_n, d_c_n, d_variants, d_variant_cells, d_penalty)
+    results = (dx_proj, du, d_spans, d_first, *_pair(d_start))
+    _launch(
+        "backward", call, S, x,
+        (None, w_hh, b_hh, *_pair(start), swaps, ends, lengths, *incoming, output, cells, gates, spans,
+         *gpu.events(swaps, ends), *results),
+    )  # fmt: skip
+    if dw_hh is not None:
+        before = torch.cat((start[0], output[:-1].flatten(0, 1)))
+        dw = du.t() @ before.to(x.dtype)
+        if K:
+            dw += d_spans[1:, : G * H].t() @ spans[:-1, :H].to(x.dtype)
+        dw_hh.copy_(dw)
+    gpu.fill(db_hh, lambda: du.sum(0) + d_spans[:, : G * H].sum(0))
+    if K and not (dx is dw_ih is db_ih is None):
+        _run("gather", cell, x, (T, B, K, H, S), (swaps, ends, d_spans, d_first, dx_proj))
+    for gradient, found in zip((dh0, dc0), d_start, strict=False):
+        gpu.fill(gradient, lambda found=found: found)
+    gpu.fill_projected(dx_proj, x, w_ih, dx, dw_ih, db_ih)
+
+
+def cluster_sizes(device: torch.device) -> list[int]:
+    """Blocks that a device can make work together; none where it or the extension is not there."""
+    if why_not(cell="gru", dtype=torch.float32, device=device, hidden_size=16):
+        return []
+    alone = device.type == "cuda" and torch.cuda.get_device_capability(device) < _CLUSTERS
+    return [1] if alone else [1, 2, 4, 8, 16]
+
+
+def barriers(count: int, blocks: int, device: torch.device) -> None:
+    """Start so many barriers, one behind the other, of a block or of a cluster: what a step takes at least."""
+    with torch.cuda.device(device if device.type == "cuda" else None):
+        _cuda.barriers(count, blocks, _stream(device))
+
+
+def _pair(states: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return (*states, None)[:2]
+
+
+def _launch(kernel: str, call: Call, longest: int, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Run the tiles of a pass, whose spans have up to so many steps."""
+    blocks = _blocks(call.H, x.dtype)
+    tiles = torch.cuda.get_device_properties(x.device).multi_processor_count // blocks if x.is_cuda else 1
+    plan = gpu.plan(call.T, call.B, call.K, longest, _cuda.rows, tiles)
+    tf32 = torch.get_float32_matmul_precision() != "highest"
+    _run(kernel, call.cell, x, (call.T, call.B, call.K, call.H, call.S, *plan, blocks, int(tf32)), tensors)
+
+
+def _run(kernel: str, cell: str, x: Tensor, numbers: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
+    """Start a kernel on the current stream of a device."""
+    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    with torch.cuda.device_of(x):
+        getattr(_cuda, kernel)(cell, _name(x.dtype), numbers, addresses, _stream(x.device))
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,0 +1,138 @@
+"""What the backends of GPUs have in common: the tiles that rows run in, what is kept, and what torch does around the
+kernels."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sire_fast import reference
+from sire_fast.cells import CELLS
+
+
+class Plan(NamedTuple):
+    """Attributes:
+    sequences: N, of a tile.
+    in_step: V, variants of each that run in lock step with it.
+    """
+
+    sequences: int
+    in_step: int
+
+
+@functools.lru_cache(1024)
+def plan(T: int, B: int, K: int, S: int, rows: int, tiles: int) -> Plan:
+    """The fewest steps behind each other where `tiles` run at once; among equals the smallest tiles."""
+
+    def steps(candidate: Plan) -> int:
+        N, V = candidate
+        waves = _ceil_div(B, N * tiles)
+        return waves * (T + _ceil_div(N * (K - V), rows) * S)
+
+    candidates = [Plan(N, V) for N in range(1, min(rows, B) + 1) for V in sorted({0, min(K, rows // N - 1)})]
+    return min(candidates, key=steps)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Sizes of a call.
+
+    Attributes:
+        cell: a key of CELLS.
+        T, B, K, H: steps, sequences, variants of each, units.
+        S: rows of `spans` for each variant.
+        wide: dtype of states and sums.
+    """
+
+    cell: str
+    T: int
+    B: int
+    K: int
+    H: int
+    S: int
+    wide: torch.dtype
+
+    @classmethod
+    def of(cls, cell: str, x: Tensor, h0: Tensor, swaps: Tensor, spans: Tensor | None) -> Call:
+        """Of a call that keeps `spans`, or keeps none."""
+        (T, B, _), K, H = x.shape, swaps.shape[1], h0.shape[1]
+        # kept or not, at least the state before a step and that after it
+        S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
+        return cls(cell, T, B, K, H, S, torch.promote_types(x.dtype, torch.float32))
+
+    def states(self, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of h alone or of h and c."""
+        return (first, second)[: CELLS[self.cell].states]
+
+    def start(self, h0: Tensor, c0: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(s.to(self.wide).contiguous() for s in self.states(h0, c0))
+
+
+def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
+    """As many rows for every variant as the longest span may have: no one waits for the device to tell them."""
+    reference.check_positions(steps, swaps, ends, lengths)
+    return swaps.shape[0] * swaps.shape[1] * min(steps, longest or steps)
+
+
+def kept(
+    cell: str, gates: int, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the outputs `gates`, of so many kept values of H, the originals' before the spans', and `spans`, which
+    holds states alone."""
+    rows = steps * batch + span_rows if train and not recompute else 0
+    return (rows, gates * hidden), (span_rows, CELLS[cell].states * hidden)
+
+
+def check(train: bool, inputs: Sequence[Tensor | None], spans: Tensor) -> None:
+    """A ValueError if positions on the CPU, of inputs in the order of the operator's schema, lie outside their
+    sequences, or their spans are too long for `spans`."""
+    x, *_, swaps, ends, lengths = inputs
+    reference.check_positions(x.shape[0], swaps, ends, lengths)
+    if train and swaps.numel() and swaps.device.type == "cpu":
+        needed, rows = int((ends - swaps[..., 0]).max()) + 1, spans.shape[0] // swaps[..., 0].numel()
+        if rows < needed:
+            raise ValueError(f"longest: expected at least {needed}, the longest span, got {rows}")
+
+
+def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """In which order an original meets its variants on its way back: when they end, the latest first, and whose ends
+    these are; and so for those that start, -1 for the others. All (B, K)."""
+    i, j = swaps.unbind(-1)
+    end_times, end_order = ends.sort(dim=1, descending=True, stable=True)
+    start_times, start_order = torch.where(i < j, i, -1).sort(dim=1, descending=True, stable=True)
+    return end_times, end_order, start_times, start_order
+
+
+def projected(x: Tensor, w_ih: Tensor | None, b_ih: Tensor | None) -> Tensor:
+    return x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
+
+
+def fill_projected(
+    dx_proj: Tensor, x: Tensor, w_ih: Tensor | None, dx: Tensor | None, dw_ih: Tensor | None, db_ih: Tensor | None
+) -> None:
+    """Fill the gradients of what was projected, from that of the projection, (T*B, G*H)."""
+    if w_ih is None:
+        fill(dx, lambda: dx_proj.view_as(x))
+    else:
+        fill(dx, lambda: (dx_proj @ w_ih).view_as(x))
+        fill(dw_ih, lambda: dx_proj.t() @ x.flatten(0, 1))
+        fill(db_ih, lambda: dx_proj.sum(0))
+
+
+def fill(gradient: Tensor | None, found: Callable[[], Tensor]) -> None:
+    """Fill a gradient if it is wanted."""
+    if gradient is not None:
+        gradient.copy_(found())
+
+
+def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [t if t is None else t.contiguous() for t in tensors]

@@ -1,0 +1,36 @@
+"""Builds the CUDA kernels for the CPU, with gpu_on_host.h in place of csrc/gpu.h."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DSIRE_ON_HOST"]
+
+
+def build(folder: Path, extra: Sequence[str] = ("-O1",)) -> Path:
+    """The extension module, compiled into a folder."""
+    target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{path}" for path in (TESTS, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+    sources = [CSRC / "cuda.cu", CSRC / "cuda_bindings.cpp"]
+    command = [os.environ.get("CXX", "g++"), *FLAGS, *extra, *includes, "-x", "c++", *sources, "-o", target]
+    subprocess.run(command, check=True)
+    return target
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("on_host._cuda", path)  # a second module beside sire_fast._cuda
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,304 @@
+// csrc/gpu.h for a CPU: threads of a block are fibers of one thread, which change at every barrier, so that
+// what the kernels compute, and where they read and write, can be tested without a GPU, under
+// AddressSanitizer too.
+//
+// Clusters run one after the other, all blocks of one together. Memory is handed out full of NaN and exactly
+// as large as asked for. What is copied asynchronously arrives when it is waited for, no sooner. A barrier
+// that some threads do not reach is an error.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define SIRE_KERNEL(threads) inline void
+#define SIRE_HOST_DEVICE inline
+#define SIRE_DEVICE inline
+#define SIRE_UNROLL
+#define SIRE_ROLLED
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+
+namespace sire_fast::gpu {
+
+inline float from_bits(uint32_t x) {
+  float value;
+  std::memcpy(&value, &x, 4);
+  return value;
+}
+inline uint32_t bits(float x) {
+  uint32_t value;
+  std::memcpy(&value, &x, 4);
+  return value;
+}
+
+struct Bfloat16 {
+  uint16_t value;
+  Bfloat16() = default;
+  explicit Bfloat16(float x) {
+    const uint32_t b = bits(x);
+    value = uint16_t(std::isnan(x) ? 0x7fff : (b + 0x7fff + (b >> 16 & 1)) >> 16);
+  }
+  operator float() const { return from_bits(uint32_t(value) << 16); }
+};
+inline uint32_t bits(Bfloat16 x) { return x.value; }
+
+struct Float16 {
+  _Float16 value;
+  Float16() = default;
+  explicit Float16(float x) : value(_Float16(x)) {}
+  operator float() const { return float(value); }
+};
+inline uint32_t bits(Float16 x) {
+  uint16_t value;
+  std::memcpy(&value, &x, 2);
+  return value;
+}
+
+// ------------------------------------------------------------------ fibers
+
+// Where fibers wait for each other.
+class Barrier {
+ public:
+  explicit Barrier(int size) : size_(size) {}
+  void wait();
+
+ private:
+  int size_, arrived_ = 0, opened_ = 0;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  uint32_t words[2][32][6];  // what the lanes bring to an exchange, in turns
+};
+
+struct Block {
+  int number, rank;
+  std::unique_ptr<char[]> shared;
+  Barrier barrier;
+  std::vector<Warp> warps;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  Block* block;
+  int thread;
+  int turn;  // of its warp's exchanges
+  bool done;
+  std::vector<Copy> copies;  // that have started
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Block> blocks;  // of the cluster that runs
+  std::unique_ptr<Barrier> cluster;
+  std::function<void()> kernel;
+  ucontext_t host;
+  const void* host_stack;
+  size_t host_stack_size;
+  Fiber* current;
+  int threads;
+  int64_t progress;  // barriers that have opened and fibers that have ended
+};
+inline Machine machine;
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t kStack = 1 << 18;
+#else
+constexpr size_t kStack = 1 << 16;
+#endif
+
+// Both switches tell AddressSanitizer whose stack comes next.
+inline void run(Fiber& fiber) {
+  machine.current = &fiber;
+#ifdef __SANITIZE_ADDRESS__
+  void* own;
+  __sanitizer_start_switch_fiber(&own, fiber.stack.get(), kStack);
+#endif
+  swapcontext(&machine.host, &fiber.context);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#endif
+}
+
+inline void leave(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+  void* own;
+  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &own, machine.host_stack, machine.host_stack_size);
+#endif
+  swapcontext(&fiber.context, &machine.host);
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
+#endif
+}
+
+inline void begin() {
+  Fiber& fiber = *machine.current;
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(nullptr, &machine.host_stack, &machine.host_stack_size);
+#endif
+  machine.kernel();
+  fiber.done = true;
+  ++machine.progress;
+  leave(fiber);
+}
+
+inline void Barrier::wait() {
+  const int before = opened_;
+  if (++arrived_ == size_) {
+    arrived_ = 0;
+    ++opened_;
+    ++machine.progress;
+  }
+  while (opened_ == before) leave(*machine.current);
+}
+
+inline void run_cluster(int first_block, int cluster, size_t shared) {
+  machine.blocks.clear();
+  machine.cluster = std::make_unique<Barrier>(cluster * machine.threads);
+  for (int rank = 0; rank < cluster; ++rank) {
+    Block block{first_block + rank, rank, std::make_unique<char[]>(shared), Barrier(machine.threads), {}};
+    std::memset(block.shared.get(), 0xff, shared);
+    block.warps.resize(size_t(machine.threads) / 32);
+    machine.blocks.push_back(std::move(block));
+  }
+  machine.fibers.resize(size_t(cluster * machine.threads));
+  for (size_t n = 0; n < machine.fibers.size(); ++n) {
+    Fiber& fiber = machine.fibers[n];
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(kStack);
+    fiber.block = &machine.blocks[n / size_t(machine.threads)];
+    fiber.thread = int(n) % machine.threads;
+    fiber.turn = 0;
+    fiber.done = false;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = kStack;
+    makecontext(&fiber.context, begin, 0);
+  }
+  for (size_t left = machine.fibers.size(); left;) {
+    const int64_t before = machine.progress;
+    left = 0;
+    for (Fiber& fiber : machine.fibers) {
+      if (!fiber.done) run(fiber);
+      left += !fiber.done;
+    }
+    if (left && machine.progress == before)
+      throw std::runtime_error("gpu_on_host: a barrier that some threads do not reach");
+  }
+}
+
+// ------------------------------------------------------------------ gpu.h
+
+inline int thread() { return machine.current->thread; }
+inline int threads() { return machine.threads; }
+inline int block() { return machine.current->block->number; }
+inline char* shared_memory() { return machine.current->block->shared.get(); }
+
+inline Warp& warp() { return machine.current->block->warps[size_t(thread()) / 32]; }
+inline void barrier() { machine.current->block->barrier.wait(); }
+inline void warp_barrier() { warp().barrier.wait(); }
+inline void cluster_barrier() { machine.cluster->wait(); }
+
+inline void store_to_peer(void* to, int rank, uint4 value) {
+  const int64_t offset = static_cast<char*>(to) - shared_memory();
+  std::memcpy(machine.blocks[size_t(rank)].shared.get() + offset, &value, 16);
+}
+
+inline void copy_async(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error(
+        "gpu_on_host: a copy of 16 bytes from or to another address than a multiple of 16");
+  machine.current->copies.push_back({to, from});
+}
+inline void wait_for_copies() {
+  for (const Copy& copy : machine.current->copies) std::memcpy(copy.to, copy.from, 16);
+  machine.current->copies.clear();
+}
+
+// Where the lanes of a warp find what they have brought, once all have.
+inline uint32_t (*exchanged())[6] {
+  Fiber& fiber = *machine.current;
+  fiber.turn = 1 - fiber.turn;
+  return warp().words[fiber.turn];
+}
+
+inline float warp_sum(float x) {
+  auto* words = exchanged();
+  words[thread() % 32][0] = bits(x);
+  warp_barrier();
+  float total = 0;
+  for (int lane = 0; lane < 32; ++lane) total += from_bits(words[lane][0]);
+  return total;
+}
+
+// The matrix unit reads 10 bits behind the point, and cuts its sums off to float32.
+inline float to_tf32(float x) { return from_bits((bits(x) + 0x1000) & 0xffffe000); }
+
+inline double dot(uint32_t a, uint32_t b, float) {
+  return double(from_bits(a & 0xffffe000)) * from_bits(b & 0xffffe000);
+}
+template <class E>
+double dot(uint32_t a, uint32_t b, E) {
+  const auto factor = [](uint32_t word, int half) {
+    const uint16_t bits = uint16_t(word >> 16 * half);
+    E value;
+    std::memcpy(&value, &bits, 2);
+    return double(float(value));
+  };
+  return factor(a, 0) * factor(b, 0) + factor(a, 1) * factor(b, 1);
+}
+
+inline float cut_off(double x) {
+  const float rounded = float(x);
+  return std::fabs(double(rounded)) > std::fabs(x) ? std::nextafter(rounded, 0.0f) : rounded;
+}
+
+template <class E>
+void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], E dtype) {
+  auto* words = exchanged();
+  const int lane = thread() % 32;
+  std::memcpy(words[lane], a, sizeof a);
+  std::memcpy(words[lane] + 4, b, sizeof b);
+  warp_barrier();
+  for (int e = 0; e < 4; ++e) {
+    const int column = lane % 4 * 2 + e % 2;
+    double total = d[e];
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t* of_a = words[lane / 4 * 4 + k % 4];
+      const uint32_t* of_b = words[column * 4 + k % 4];
+      total += dot(of_a[e / 2 + k / 4 * 2], of_b[4 + k / 4], dtype);
+    }
+    d[e] = cut_off(total);
+  }
+}
+
+inline float exp(float x) { return std::exp(x); }
+inline float tanh(float x) { return std::tanh(x); }
+inline float reciprocal(float x) { return 1 / x; }
+
+template <class Call>
+void launch(void (*kernel)(Call), int64_t blocks, int cluster, int threads, size_t shared, uintptr_t,
+            const Call& call) {
+  machine.kernel = [&] { kernel(call); };
+  machine.threads = threads;
+  for (int64_t block = 0; block < blocks; block += cluster) run_cluster(int(block), cluster, shared);
+}
+
+}  // namespace sire_fast::gpu
