@@ -61,9 +61,9 @@ def swap_rnn(
         NotImplementedError: the named backend cannot serve the call; the message says why.
 
     Dtypes: float32, float64 and bfloat16 on "cpu", float32, bfloat16 and float16 on "triton" and "cuda", the halves
-        with float32 states inside and, where the processor can, products of halves; whatever torch computes in on "reference". The penalty is at
-        least float32. Under autocast all arguments are cast to its dtype first. float32 is true float32, on GPUs too,
-        unless torch.set_float32_matmul_precision allows TF32.
+        with float32 states inside and, where the processor can, products of halves; whatever torch computes in on
+        "reference". The penalty is at least float32. Under autocast all arguments are cast to its dtype first.
+        float32 is true float32, on GPUs too, unless torch.set_float32_matmul_precision allows TF32.
 
     Example:
         >>> import torch                                        # relu(x + h) of positive inputs is their sum,
