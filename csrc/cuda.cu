@@ -159,8 +159,7 @@ struct Tile {
     return word(factors, E());
   }
 
-  // Calls body(n, e, row, u) for the rows and units of this thread: sum[n][..][e] is that of row and of unit0
-  // + u.
+  // Calls body(n, e, row, u) for this thread's rows and units unit0 + u, whose sums are those at [n][..][e].
   template <class F>
   SIRE_DEVICE void each(F body) const {
     SIRE_UNROLL for (int n = 0; n < kTiles; ++n) each_of(n, body);
@@ -209,7 +208,7 @@ struct Tile {
     return longest;
   }
 
-  // a row at a step: rows before their swap run with the originals in lock step, and so does what has no swap
+  // whether a row is run; in lock step a variant is also run before its swap, where it is its original
   SIRE_DEVICE static bool live(const Row& r) { return r.original || r.moving; }
   SIRE_DEVICE int64_t original_row(const Row& r, int t) const { return int64_t(t) * p.B + r.b; }
   SIRE_DEVICE int64_t span_row(const Row& r, int t) const { return r.v * p.S + t - r.i; }
