@@ -141,8 +141,9 @@ struct Tile {
         lane(thread() % 32),
         tile(warp % split.tiles),
         part(warp / split.tiles) {
-    SIRE_UNROLL for (int g = 0; g < G; ++g) SIRE_UNROLL for (int slot = 0; slot < kSlots; ++slot)
-        SIRE_UNROLL for (int r = 0; r < 4; ++r) w[g][slot][r] = weight(g, slot, r);
+    SIRE_EACH (g, G)
+      SIRE_EACH (slot, kSlots)
+        SIRE_EACH (r, 4) w[g][slot][r] = weight(g, slot, r);
     if (p.cluster > 1) cluster_barrier();  // nobody writes to a block that has not begun
   }
 
@@ -151,7 +152,7 @@ struct Tile {
     const int first = ((part * kSlots + slot) * kTileWords + lane % 4 + r / 2 * 4) * kFactors<E>;
     const auto* w_hh = static_cast<const E*>(p.w_hh) + int64_t(g) * p.H * p.H;
     float factors[kFactors<E>];
-    SIRE_UNROLL for (int n = 0; n < kFactors<E>; ++n) {
+    SIRE_EACH (n, kFactors<E>) {
       const int k = first + n;
       const int64_t at = kBackward ? int64_t(k) * p.H + unit : int64_t(unit) * p.H + k;
       factors[n] = unit < p.H && k < p.H ? float(w_hh[at]) : 0;
@@ -162,12 +163,11 @@ struct Tile {
   // Calls body(n, e, row, u) for this thread's rows and units unit0 + u, whose sums are those at [n][..][e].
   template <class F>
   SIRE_DEVICE void each(F body) const {
-    SIRE_UNROLL for (int n = 0; n < kTiles; ++n) each_of(n, body);
+    SIRE_EACH (n, kTiles) each_of(n, body);
   }
   template <class F>
   SIRE_DEVICE void each_of(int n, F body) const {
-    SIRE_UNROLL for (int e = 0; e < 4; ++e)
-        body(n, e, n * kTile + lane % 4 * 2 + e % 2, tile * kUnits + lane / 4 + e / 2 * 8);
+    SIRE_EACH (e, 4) body(n, e, n * kTile + lane % 4 * 2 + e % 2, tile * kUnits + lane / 4 + e / 2 * 8);
   }
 
   // ---------------------------------------------------------------- rows
@@ -264,26 +264,27 @@ struct Tile {
   // warps' of part 0.
   SIRE_DEVICE void multiply(int buffer, Sum (&sums)[kTiles][G]) const {
     const int q = lane % 4;
-    SIRE_UNROLL for (int slot = 0; slot < kSlots; ++slot) {
+    SIRE_EACH (slot, kSlots) {
       const int k = part * kSlots + slot;
       if (k >= split.sum) break;
-      SIRE_UNROLL for (int n = 0; n < kTiles; ++n)
-          SIRE_UNROLL for (int field = 0; field < shared.kOperands; ++field) {
-        const auto* words = reinterpret_cast<const uint32_t*>(operand(buffer, field, n * kTile + lane / 4));
-        const uint32_t b[2] = {words[k * kTileWords + q], words[k * kTileWords + q + 4]};
-        if constexpr (kBackward)
-          add(sums[n][field], w[field][slot], b);
-        else
-          SIRE_UNROLL for (int g = 0; g < G; ++g) add(sums[n][g], w[g][slot], b);
-      }
+      SIRE_EACH (n, kTiles)
+        SIRE_EACH (field, shared.kOperands) {
+          const auto* words = reinterpret_cast<const uint32_t*>(operand(buffer, field, n * kTile + lane / 4));
+          const uint32_t b[2] = {words[k * kTileWords + q], words[k * kTileWords + q + 4]};
+          if constexpr (kBackward)
+            add(sums[n][field], w[field][slot], b);
+          else
+            SIRE_EACH (g, G) add(sums[n][g], w[g][slot], b);
+        }
     }
     if (split.splits == 1) return;
     const auto sum = [&](int of, int g, int n, int e) -> float& {
       return shared.sums[((((of - 1) * split.tiles + tile) * G + g) * kTiles + n) * 128 + e * 32 + lane];
     };
     const auto each_sum = [&](auto body) {
-      SIRE_UNROLL for (int n = 0; n < kTiles; ++n) SIRE_UNROLL for (int g = 0; g < G; ++g)
-          SIRE_UNROLL for (int e = 0; e < 4; ++e) body(sums[n][g][e], g, n, e);
+      SIRE_EACH (n, kTiles)
+        SIRE_EACH (g, G)
+          SIRE_EACH (e, 4) body(sums[n][g][e], g, n, e);
     };
     if (part) each_sum([&](float& x, int g, int n, int e) { sum(part, g, n, e) = x; });
     barrier();
@@ -306,7 +307,7 @@ struct Tile {
         mma(of_tile, high_a, low_b, E());
       }
       mma(of_tile, high_a, high_b, E());
-      SIRE_UNROLL for (int e = 0; e < 4; ++e) sum[e] += of_tile[e];
+      SIRE_EACH (e, 4) sum[e] += of_tile[e];
     } else {
       mma(sum, a, b, E());
     }
@@ -314,7 +315,7 @@ struct Tile {
 
   template <int N>
   SIRE_DEVICE static void halve(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
-    SIRE_UNROLL for (int n = 0; n < N; ++n) {
+    SIRE_EACH (n, N) {
       const float rounded = to_tf32(from_bits(x[n]));
       high[n] = bits(rounded);
       low[n] = bits(to_tf32(from_bits(x[n]) - rounded));
@@ -356,13 +357,13 @@ struct ForwardTile : Tile<Cell, E, false> {
   SIRE_DEVICE explicit ForwardTile(const Forward& f) : Base(f), f(f) {}
 
   SIRE_DEVICE void fetch_inputs(int buffer, int tau) const {
-    SIRE_UNROLL for (int g = 0; g < G; ++g)
-        fetch(&staged(buffer, g, 0, 0), shared.staged_stride, [&](int row) -> const E* {
-          const Row& r = shared.rows[row];
-          const int t = r.origin + tau, source = t == r.i ? r.j : t == r.j ? r.i : t;
-          if (!live(r) || t > r.stop) return nullptr;
-          return static_cast<const E*>(p.x) + (this->original_row(r, source) * G + g) * p.H;
-        });
+    SIRE_EACH (g, G)
+      fetch(&staged(buffer, g, 0, 0), shared.staged_stride, [&](int row) -> const E* {
+        const Row& r = shared.rows[row];
+        const int t = r.origin + tau, source = t == r.i ? r.j : t == r.j ? r.i : t;
+        if (!live(r) || t > r.stop) return nullptr;
+        return static_cast<const E*>(p.x) + (this->original_row(r, source) * G + g) * p.H;
+      });
   }
 
   SIRE_DEVICE void begin() const {
@@ -370,8 +371,8 @@ struct ForwardTile : Tile<Cell, E, false> {
       each([&](int, int, int row, int u) {
         const Row& r = shared.rows[row];
         const int unit = unit0 + u;
-        SIRE_UNROLL for (int k = 0; k < STATES; ++k) own(k, row, u) =
-            live(r) && unit < p.H ? this->before(f.states, nullptr, r, r.origin, k)[unit] : 0;
+        SIRE_EACH (k, STATES)
+          own(k, row, u) = live(r) && unit < p.H ? this->before(f.states, nullptr, r, r.origin, k)[unit] : 0;
         operand(0, 0, row)[unit] = E(own(0, row, u));
       });
     fetch_inputs(0, 0);
@@ -382,38 +383,39 @@ struct ForwardTile : Tile<Cell, E, false> {
   SIRE_DEVICE void store(const Row& r, int t, int unit, const float* next, const float* kept) const {
     const bool running = t <= r.stop, in_span = running && t >= r.i;
     if (r.original)
-      SIRE_UNROLL for (int k = 0; k < STATES; ++k) f.states[k][this->original_row(r, t) * p.H + unit] =
-          running ? next[k] : 0;
-    if (in_span) SIRE_UNROLL for (int k = 0; k < STATES; ++k) {
+      SIRE_EACH (k, STATES) f.states[k][this->original_row(r, t) * p.H + unit] = running ? next[k] : 0;
+    if (in_span)
+      SIRE_EACH (k, STATES) {
         if (f.spans) f.spans[(this->span_row(r, t) * STATES + k) * p.H + unit] = next[k];
         if (t == r.stop) f.variants[k][r.v * p.H + unit] = next[k];
       }
     if (f.gates && (in_span || (r.original && running)))
-      SIRE_UNROLL for (int k = 0; k < KEPT; ++k) static_cast<E*>(
-          f.gates)[(this->gates_row(r, t) * KEPT + k) * p.H + unit] = E(kept[k]);
+      SIRE_EACH (k, KEPT)
+        static_cast<E*>(f.gates)[(this->gates_row(r, t) * KEPT + k) * p.H + unit] = E(kept[k]);
   }
 
   SIRE_DEVICE void step(int tau, const float (&bias)[2][G]) const {
     const int now = tau % 2;
     fetch_inputs(1 - now, tau + 1);
     Sum u[kTiles][G];
-    SIRE_UNROLL for (int n = 0; n < kTiles; ++n) SIRE_UNROLL for (int g = 0; g < G; ++g)
-        SIRE_UNROLL for (int e = 0; e < 4; ++e) u[n][g][e] = bias[e / 2][g];
+    SIRE_EACH (n, kTiles)
+      SIRE_EACH (g, G)
+        SIRE_EACH (e, 4) u[n][g][e] = bias[e / 2][g];
     this->multiply(now, u);
     if (!this->part)
       each([&](int n, int e, int row, int local) {
         const Row& r = shared.rows[row];
         const int t = r.origin + tau, unit = unit0 + local;
         float x[G], v[G], s[STATES], next[STATES], kept[KEPT + 1];
-        SIRE_UNROLL for (int g = 0; g < G; ++g) {
+        SIRE_EACH (g, G) {
           x[g] = float(staged(now, g, row, local));
           v[g] = u[n][g][e];
         }
-        SIRE_UNROLL for (int k = 0; k < STATES; ++k) s[k] = own(k, row, local);
+        SIRE_EACH (k, STATES) s[k] = own(k, row, local);
         Cell::template step<Math>(x, v, s, next, kept);
         if (live(r) && unit < p.H) store(r, t, unit, next, kept);
         if (live(r) && t <= r.stop)
-          SIRE_UNROLL for (int k = 0; k < STATES; ++k) own(k, row, local) = s[k] = next[k];
+          SIRE_EACH (k, STATES) own(k, row, local) = s[k] = next[k];
         operand(1 - now, 0, row)[unit] = E(s[0]);
       });
     exchange(1 - now);
@@ -426,7 +428,7 @@ struct ForwardTile : Tile<Cell, E, false> {
         const Row& r = shared.rows[row];
         const int unit = unit0 + u;
         if (unit >= p.H) return;
-        SIRE_UNROLL for (int k = 0; k < STATES; ++k) {
+        SIRE_EACH (k, STATES) {
           if (r.original) f.last[k][r.b * p.H + unit] = own(k, row, u);
           if (r.variant && !r.moving)
             f.variants[k][r.v * p.H + unit] = f.states[k][this->original_row(r, r.stop) * p.H + unit];
@@ -450,11 +452,12 @@ struct ForwardTile : Tile<Cell, E, false> {
 
   SIRE_DEVICE void run() const {
     float bias[2][G];
-    SIRE_UNROLL for (int half = 0; half < 2; ++half) SIRE_UNROLL for (int g = 0; g < G; ++g) {
-      const int unit = unit0 + this->tile * kUnits + this->lane / 4 + half * 8;
-      const bool has = p.b_hh && !this->part && unit < p.H;
-      bias[half][g] = has ? float(static_cast<const E*>(p.b_hh)[g * p.H + unit]) : 0;
-    }
+    SIRE_EACH (half, 2)
+      SIRE_EACH (g, G) {
+        const int unit = unit0 + this->tile * kUnits + this->lane / 4 + half * 8;
+        const bool has = p.b_hh && !this->part && unit < p.H;
+        bias[half][g] = has ? float(static_cast<const E*>(p.b_hh)[g * p.H + unit]) : 0;
+      }
     for (int pass = 0; pass < this->passes(); ++pass) {
       this->set_rows(pass);
       const int steps = this->steps(pass);
@@ -491,14 +494,14 @@ struct BackwardTile : Tile<Cell, E, true> {
       using Pointer = decltype(inside(r, t));
       return live(r) && tau >= 0 && (r.original || t >= r.i) ? inside(r, t) : Pointer(nullptr);
     };
-    SIRE_UNROLL for (int k = 0; k < KEPT; ++k)
-        fetch(&staged(buffer, k, 0, 0), shared.staged_stride, [&](int row) {
-          return of_row(row, [&](const Row& r, int t) -> const E* {
-            if (t > r.stop) return nullptr;
-            return static_cast<const E*>(g.gates) + (this->gates_row(r, t) * KEPT + k) * p.H;
-          });
+    SIRE_EACH (k, KEPT)
+      fetch(&staged(buffer, k, 0, 0), shared.staged_stride, [&](int row) {
+        return of_row(row, [&](const Row& r, int t) -> const E* {
+          if (t > r.stop) return nullptr;
+          return static_cast<const E*>(g.gates) + (this->gates_row(r, t) * KEPT + k) * p.H;
         });
-    SIRE_UNROLL for (int k = 0; k < STATES; ++k) {
+      });
+    SIRE_EACH (k, STATES) {
       fetch(&staged_state(buffer, k, 0, 0), shared.state_stride, [&](int row) {
         return of_row(row, [&](const Row& r, int t) -> const float* {
           return t > r.stop + 1 ? nullptr : this->before(g.states, g.spans, r, t, k);
@@ -519,7 +522,7 @@ struct BackwardTile : Tile<Cell, E, true> {
         const Row& r = shared.rows[row];
         const int t = r.origin + steps, unit = unit0 + u;
         const bool known = live(r) && unit < p.H && t <= r.stop + 1;
-        SIRE_UNROLL for (int k = 0; k < STATES; ++k) {
+        SIRE_EACH (k, STATES) {
           own(k, row, u) = 0;
           after(k, row, u) = known ? this->before(g.states, g.spans, r, t, k)[unit] : 0;
         }
@@ -550,8 +553,8 @@ struct BackwardTile : Tile<Cell, E, true> {
       if (i < g.swaps[2 * v + 1]) {
         if (g.d_penalty) d[0] -= pull(v, v * p.S + t - i, h, unit);
       } else {
-        SIRE_UNROLL for (int k = 0; k < STATES; ++k) if (g.d_variants[k]) d[k] +=
-            g.d_variants[k][v * p.H + unit];
+        SIRE_EACH (k, STATES)
+          if (g.d_variants[k]) d[k] += g.d_variants[k][v * p.H + unit];
       }
     }
   }
@@ -560,8 +563,8 @@ struct BackwardTile : Tile<Cell, E, true> {
   SIRE_DEVICE void add_starts(const Row& r, int t, int unit, const Cursor& at, float* du, float* ds) const {
     for (int n = at.n_started, when = at.start; when == t; when = next(r, g.start_times, ++n)) {
       const float* owed = first(r.b * p.K + g.start_order[r.b * p.K + n], unit);
-      SIRE_UNROLL for (int k = 0; k < G; ++k) du[k] += owed[k * p.H];
-      SIRE_UNROLL for (int k = 0; k < STATES; ++k) ds[k] += owed[(D + k) * p.H];
+      SIRE_EACH (k, G) du[k] += owed[k * p.H];
+      SIRE_EACH (k, STATES) ds[k] += owed[(D + k) * p.H];
     }
   }
 
@@ -575,15 +578,16 @@ struct BackwardTile : Tile<Cell, E, true> {
     const bool running = live(r) && t <= r.stop && (r.original || t >= r.i) && unit < p.H;
     const bool starts = !r.original && t == r.i;
     float d[STATES], s[STATES], next[STATES], kept[KEPT + 1], dx[G] = {}, du[G] = {}, ds[STATES] = {};
-    SIRE_UNROLL for (int k = 0; k < STATES; ++k) {
+    SIRE_EACH (k, STATES) {
       s[k] = staged_state(now, k, row, u);
       next[k] = after(k, row, u);
       d[k] = own(k, row, u) + staged_state(now, STATES + k, row, u);
       after(k, row, u) = s[k];
     }
-    SIRE_UNROLL for (int k = 0; k < KEPT; ++k) kept[k] = float(staged(now, k, row, u));
+    SIRE_EACH (k, KEPT) kept[k] = float(staged(now, k, row, u));
     if (running) {
-      if (t == r.stop) SIRE_UNROLL for (int k = 0; k < STATES; ++k) {
+      if (t == r.stop)
+        SIRE_EACH (k, STATES) {
           const float* from = r.original ? g.d_last[k] : g.d_variants[k];
           if (from) d[k] += from[(r.original ? r.b : r.v) * p.H + unit];
         }
@@ -597,23 +601,23 @@ struct BackwardTile : Tile<Cell, E, true> {
     }
     if (r.original && unit < p.H) {
       const int64_t at = this->original_row(r, t) * G * p.H + unit;
-      SIRE_UNROLL for (int k = 0; k < G; ++k) {
+      SIRE_EACH (k, G) {
         static_cast<E*>(g.dx)[at + k * p.H] = E(dx[k]);
         static_cast<E*>(g.du)[at + k * p.H] = E(du[k]);
       }
     } else if (running) {
       const auto gradient = [&](int k) { return k < G ? du[k] : dx[G - 1]; };
       if (starts) {
-        SIRE_UNROLL for (int k = 0; k < D; ++k) first(r.v, unit)[k * p.H] = gradient(k);
-        SIRE_UNROLL for (int k = 0; k < STATES; ++k) first(r.v, unit)[(D + k) * p.H] = ds[k];
+        SIRE_EACH (k, D) first(r.v, unit)[k * p.H] = gradient(k);
+        SIRE_EACH (k, STATES) first(r.v, unit)[(D + k) * p.H] = ds[k];
       } else {
         E* to = static_cast<E*>(g.d_spans) + this->span_row(r, t) * D * p.H + unit;
-        SIRE_UNROLL for (int k = 0; k < D; ++k) to[k * p.H] = E(gradient(k));
+        SIRE_EACH (k, D) to[k * p.H] = E(gradient(k));
       }
     }
     const bool goes_on = running && !starts;
-    SIRE_UNROLL for (int k = 0; k < G; ++k) operand(now, k, row)[unit] = E(goes_on ? du[k] : 0);
-    SIRE_UNROLL for (int k = 0; k < STATES; ++k) own(k, row, u) = goes_on ? ds[k] : 0;
+    SIRE_EACH (k, G) operand(now, k, row)[unit] = E(goes_on ? du[k] : 0);
+    SIRE_EACH (k, STATES) own(k, row, u) = goes_on ? ds[k] : 0;
   }
 
   SIRE_DEVICE void step(int tau) const {
@@ -621,7 +625,8 @@ struct BackwardTile : Tile<Cell, E, true> {
     fetch_step(1 - now, tau - 1);
     if (!this->part) {
       // originals take what variants have left them in this step
-      SIRE_ROLLED for (int turn = 0; turn < 2 * kTiles; ++turn) {
+      SIRE_ROLLED
+      for (int turn = 0; turn < 2 * kTiles; ++turn) {
         this->each_of(turn % kTiles, [&](int, int, int row, int u) {
           if (shared.rows[row].original == (turn >= kTiles)) step_unit(now, tau, row, u);
         });
@@ -634,7 +639,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     this->multiply(now, sums);
     if (!this->part)
       each([&](int n, int e, int row, int u) {
-        SIRE_UNROLL for (int k = 0; k < G; ++k) own(0, row, u) += sums[n][k][e];
+        SIRE_EACH (k, G) own(0, row, u) += sums[n][k][e];
       });
   }
 
@@ -656,7 +661,7 @@ struct BackwardTile : Tile<Cell, E, true> {
         each([&](int, int, int row, int u) {
           const Row& r = shared.rows[row];
           if (r.original && unit0 + u < p.H)
-            SIRE_UNROLL for (int k = 0; k < STATES; ++k) g.d_start[k][r.b * p.H + unit0 + u] = own(k, row, u);
+            SIRE_EACH (k, STATES) g.d_start[k][r.b * p.H + unit0 + u] = own(k, row, u);
         });
     }
   }
@@ -681,7 +686,7 @@ gather_kernel(const Gather call) {
   for (int unit = thread(); unit < call.H; unit += threads()) {
     float total[G];
     E* dx = static_cast<E*>(call.dx) + row * G * call.H + unit;
-    SIRE_UNROLL for (int g = 0; g < G; ++g) total[g] = float(dx[g * call.H]);
+    SIRE_EACH (g, G) total[g] = float(dx[g * call.H]);
     for (int64_t v = int64_t(b) * call.K; v < int64_t(b + 1) * call.K; ++v) {
       const int i = int(call.swaps[2 * v]), j = int(call.swaps[2 * v + 1]);
       if (i == j || t < i || t > call.ends[v]) continue;
@@ -691,9 +696,9 @@ gather_kernel(const Gather call) {
         if (!step) return call.d_first[v * WIDTH * call.H + at];
         return float(static_cast<const E*>(call.d_spans)[(v * call.S + step) * D * call.H + at]);
       };
-      SIRE_UNROLL for (int g = 0; g < G; ++g) total[g] += owed(g);
+      SIRE_EACH (g, G) total[g] += owed(g);
     }
-    SIRE_UNROLL for (int g = 0; g < G; ++g) dx[g * call.H] = E(total[g]);
+    SIRE_EACH (g, G) dx[g * call.H] = E(total[g]);
   }
 }
 

@@ -13,7 +13,8 @@
 #define SIRE_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
 #define SIRE_HOST_DEVICE __host__ __device__ __forceinline__
 #define SIRE_DEVICE __device__ __forceinline__
-#define SIRE_UNROLL _Pragma("unroll")
+// A loop that is unrolled, so that what it indexes can stay in registers.
+#define SIRE_EACH(n, count) _Pragma("unroll") for (int n = 0; n < (count); ++n)
 #define SIRE_ROLLED _Pragma("unroll 1")
 
 namespace sire_fast::gpu {

@@ -24,7 +24,7 @@
 #define SIRE_KERNEL(threads) inline void
 #define SIRE_HOST_DEVICE inline
 #define SIRE_DEVICE inline
-#define SIRE_UNROLL
+#define SIRE_EACH(n, count) for (int n = 0; n < (count); ++n)
 #define SIRE_ROLLED
 
 struct uint4 {
