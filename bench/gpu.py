@@ -210,7 +210,7 @@ def rates(device: str, side: int = 8192) -> dict[str, float]:
         with arithmetic_of(name):
             found[name] = 2 * side**3 / median(lambda square=square: square @ square)
     for blocks in cuda.cluster_sizes(torch.device(device)):
-        took = median(lambda blocks=blocks: cuda.barriers(BARRIERS, blocks, torch.device(device)))
+        took = median(lambda blocks=blocks: cuda.barriers(BARRIERS, blocks, a))
         found["barrier" + f" of {blocks}" * (blocks > 1)] = took / BARRIERS
     return found
 

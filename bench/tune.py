@@ -1,8 +1,8 @@
-"""Finds the fastest launch of the Triton kernels on this GPU, `python -m bench.tune`, and prints it for TUNED in
-kernels/launch.py.
+"""Finds what is fastest on this GPU, `python -m bench.tune`: the launch of the Triton kernels, for TUNED in
+kernels/launch.py, and then, with that launch, the backend, or cuDNN, for FASTEST in sire_fast/gpu.py.
 
 For each cell, H and arithmetic, a training step of all candidates that compile is timed in turns. What wins is only
-printed; check it with bench.gpu after it stands in the table.
+printed; check it with bench.gpu after it stands in the tables.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 import torch
 import triton
 
+from bench.gpu import Item, kernels, measure
 from sire_fast import functional, swaps
-from sire_fast.benchmark import quartiles
+from sire_fast.benchmark import Setting, quartiles
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import Launch
@@ -94,6 +95,23 @@ def fastest(cell: str, hidden: int, dtype: torch.dtype, capability: int) -> tupl
     return best, medians[best], medians[in_use]
 
 
+def winner(cell: str, hidden: int, dtype: torch.dtype, device: str, kernels: Sequence[str]) -> tuple[str, str]:
+    """Who is the fastest in a training step of a layer, a backend or "torch"; and the microseconds per step of all."""
+    name = str(dtype).removeprefix("torch.")
+    setting = Setting(
+        {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN"), STEPS, SEQUENCES, hidden, hidden,
+        f"uniform:{SWAPS}", "end", name, device,
+    )  # fmt: skip
+    measured = measure(Item(setting, name, ()), [*kernels, "stacked"], rounds=ROUNDS)
+    medians = {
+        "torch" if who == "stacked" else who: quartiles(found["step"]).median
+        for who, found in measured.items()
+        if not isinstance(found, str)
+    }
+    told = ", ".join(f"{who} {1e6 * took / STEPS:.2f}" for who, took in medians.items())
+    return min(medians, key=medians.__getitem__), told
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
@@ -114,9 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{n + 1}/{len(work)}, {until - time.monotonic():.0f} s left", file=sys.stderr)
         best, took, before = fastest(cell, hidden, DTYPES[dtype], 10 * major + minor)
         key = cell, triton.next_power_of_2(hidden), launches.arithmetic(DTYPES[dtype]), 10 * major + minor
-        print(
-            f"    {key}: {best},  # {1e6 * took / STEPS:.2f} us a step, before {1e6 * before / STEPS:.2f}", flush=True
-        )
+        print(f"    {key}: {best},  # {1e6 * took / STEPS:.2f} us a step, before {1e6 * before / STEPS:.2f}")
+        launches.TUNED[key] = best
+        first, told = winner(cell, hidden, DTYPES[dtype], "cuda", kernels())
+        print(f"    {(*key[:2], dtype, key[3])}: {first!r},  # us a step: {told}", flush=True)
     return 0
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sire_fast import cpu, cuda, triton
+from sire_fast import cpu, cuda, gpu, triton
 
 
 def _reference_why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
@@ -49,7 +49,8 @@ def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device
 
 
 def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> str:
-    """The backend that serves a call: the named one, or for "auto" the forced one or else the first that can.
+    """The backend that serves a call: the named one, or for "auto" the forced one, or else the one that was measured to
+    be the fastest, or else the first that can.
 
     Raises:
         ValueError: no backend has this name.
@@ -57,7 +58,8 @@ def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device 
     """
     call = {"cell": cell, "dtype": dtype, "device": torch.device(device), "hidden_size": hidden_size}
     if backend == "auto" and not _forced:
-        return next(name for name, reasons in BACKENDS.items() if name not in UNPROVEN and not reasons(**call))
+        asked = [gpu.fastest(**call), *(name for name in BACKENDS if name not in UNPROVEN)]
+        return next(name for name in asked if name in BACKENDS and not BACKENDS[name](**call))
     named = _forced if backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:

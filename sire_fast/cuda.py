@@ -167,10 +167,11 @@ def cluster_sizes(device: torch.device) -> list[int]:
     return [1] if alone else [1, 2, 4, 8, 16]
 
 
-def barriers(count: int, blocks: int, device: torch.device) -> None:
-    """Start so many barriers, one behind the other, of a block or of a cluster: what a step takes at least."""
-    with torch.cuda.device(device if device.type == "cuda" else None):
-        _cuda.barriers(count, blocks, _stream(device))
+def barriers(count: int, blocks: int, x: Tensor) -> None:
+    """Start so many barriers, one behind the other, of a block or of a cluster, on the device of x: what a step takes
+    at least."""
+    with torch.cuda.device_of(x):
+        _cuda.barriers(count, blocks, _stream(x.device))
 
 
 def _pair(states: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

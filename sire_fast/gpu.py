@@ -14,6 +14,19 @@ from torch import Tensor
 from sire_fast import reference
 from sire_fast.cells import CELLS
 
+# (cell, H rounded up to a power of two, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
+# backend, or "torch" for cuDNN on the stacked variants
+FASTEST: dict[tuple[str, int, str, int], str] = {}
+
+
+def fastest(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> str | None:
+    """Who was measured to be the fastest on such a GPU; None if nobody has measured it."""
+    if not FASTEST or device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    padded = 1 << (hidden_size - 1).bit_length()
+    return FASTEST.get((cell, padded, str(dtype).removeprefix("torch."), 10 * major + minor))
+
 
 class Plan(NamedTuple):
     """Attributes:

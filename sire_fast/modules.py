@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from sire_fast import backends, cpu, functional, triton
+from sire_fast import backends, cpu, functional, gpu, triton
 from sire_fast.cells import CELLS, States
 from sire_fast.reference import SwapRNN, check_lengths, check_swaps, fill_defaults, with_variants
 from sire_fast.swaps import Adjacent, Sampler
@@ -99,9 +99,14 @@ class _SwapLayer(nn.RNNBase):
     def _why_no_kernel(self) -> list[str]:
         call = self._call
         reasons = backends.why_no_kernel(**call)
-        if not reasons and not backends.forced() and call.pop("device").type == "cuda":
-            reasons = triton.slower_than_torch(**call)
-        return reasons
+        if reasons or backends.forced() or call["device"].type != "cuda":
+            return reasons
+        measured = gpu.fastest(**call)
+        if measured == "torch":
+            return ["measured: torch's own layer, cuDNN, is the fastest here"]
+        if measured:
+            return []
+        return triton.slower_than_torch(cell=self._cell, dtype=call["dtype"], hidden_size=self.hidden_size)
 
     @property
     def backend(self) -> str:

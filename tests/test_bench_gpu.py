@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from bench import gpu, gpu_check
+from bench import gpu, gpu_check, tune
 from bench.gpu import Goal, Item
 from bench.gpu_check import Case, Checked
 from sire_fast import functional
@@ -116,6 +116,14 @@ def test_the_floor_by_hand():
     assert gpu.work(setting, True).floor(flops, 1e9, 0) == {"forward": 1, "step": 3}
     assert gpu.work(setting, True).floor(1e9, forward, 0)["forward"] == 1
     assert gpu.work(setting, True).floor(1e9, 1e9, 2) == {"forward": 2, "step": 4}
+
+
+def test_who_is_fastest(monkeypatch):
+    for name, value in (("STEPS", 4), ("SEQUENCES", 2), ("SWAPS", 2), ("ROUNDS", 1)):
+        monkeypatch.setattr(tune, name, value)
+    first, told = tune.winner("lstm", 8, torch.float32, "cpu", ["cpu", "reference"])
+    assert first in ("cpu", "torch")
+    assert [line.split()[0] for line in told.split(", ")] == ["cpu", "reference", "torch"]
 
 
 @pytest.mark.parametrize("backend", ["cuda"])

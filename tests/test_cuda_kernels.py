@@ -15,9 +15,10 @@ import pytest
 import torch
 from oracle import Case, assert_as_good_as_reference, cast, make, run
 
-from sire_fast import backends, cuda, gpu
+from sire_fast import GRU, backends, cuda, gpu
 from sire_fast.cells import CELLS
 from sire_fast.gpu import Plan
+from sire_fast.swaps import Adjacent
 
 ROOT = Path(__file__).parent.parent
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -92,6 +93,22 @@ def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert backends.choose("auto", dtype=torch.float16, **call) == "reference"  # the others do not serve float16 here
     monkeypatch.setattr(cuda, "_cuda", None)
     assert "built where nvcc is found" in backends.why_not("cuda", dtype=FLOAT, **call)[0]
+
+
+@pytest.mark.parametrize(("fastest", "served"), [(None, "triton"), ("cuda", "cuda"), ("torch", "torch")])
+def test_auto_takes_what_was_measured(
+    fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Properties:
+        shared_memory_per_block_optin = 227 << 10
+
+    monkeypatch.setattr(host, "device", "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
+    layer = GRU(3, 100, swaps=Adjacent(1), device="meta")
+    monkeypatch.setattr(GRU, "_call", layer._call | {"device": torch.device("cuda")})
+    assert layer.backend == served
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])

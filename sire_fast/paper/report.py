@@ -20,7 +20,7 @@ from sire_fast.paper.experiments import Case, Experiment
 
 _BANDS = 9  # most curves whose standard deviations are drawn: more bands hide each other
 BUDGETS = {"steps": "after equal steps", "seconds": "after equal time"}
-_OURS = ("#00798c", "#3d5a80", "#52b69a", "#168aad", "#023047", "#90be6d", "#74c0fc")
+_OURS = ("#00798c", "#3d5a80", "#52b69a", "#023047", "#90be6d", "#74c0fc", "#168aad")
 _RIVALS = ("#d1495b", "#edae49", "#9a7fa0", "#b08968", "#a5a58d", "#5f0f40", "#495057")
 
 
