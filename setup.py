@@ -84,7 +84,7 @@ extensions = [
     Pybind11Extension(
         "sire_fast._C",
         ["csrc/bindings.cpp", "csrc/cpu.cpp"],
-        depends=["csrc/cpu_kernel.cpp", "csrc/cells.h", "csrc/simd.h", "csrc/swap_rnn.h"],
+        depends=["csrc/bindings.h", "csrc/cpu_kernel.cpp", "csrc/cells.h", "csrc/simd.h", "csrc/swap_rnn.h"],
         extra_compile_args=FLAGS,
         libraries=["dl", "pthread"] if sys.platform.startswith("linux") else [],
     )
@@ -95,7 +95,7 @@ if NVCC and sys.platform.startswith("linux"):
         Pybind11Extension(
             "sire_fast._cuda",
             ["csrc/cuda_bindings.cpp"],
-            depends=["setup.py", "csrc/cuda.cu", "csrc/cuda.h", "csrc/gpu.h", "csrc/cells.h"],
+            depends=["setup.py", "csrc/bindings.h", "csrc/cuda.cu", "csrc/cuda.h", "csrc/gpu.h", "csrc/cells.h"],
             extra_compile_args=FLAGS,
             library_dirs=[os.path.join(root, "lib64")],
             libraries=["cudart_static", "dl", "pthread", "rt"],  # the driver itself is looked up when it is needed

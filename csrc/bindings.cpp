@@ -1,11 +1,7 @@
 // The Python module sire_fast._C: numbers and addresses in, one of the entry points of swap_rnn.h called.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
-#include <array>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "swap_rnn.h"
 
@@ -14,42 +10,25 @@ using namespace sire_fast;
 
 namespace {
 
-using Addresses = std::vector<uintptr_t>;
-
-// Reads addresses one after the other, in the order in which the Python side lists them.
-class Reader {
- public:
-  explicit Reader(const Addresses& addresses) : next_(addresses.begin()) {}
-  template <class T>
-  T* get() {
-    return reinterpret_cast<T*>(*next_++);
-  }
-
- private:
-  Addresses::const_iterator next_;
-};
-
 using SizeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 template <class T>
-void read_inputs(Inputs<T>& to, const SizeTuple& size, bool recompute, Reader& in) {
+void read_inputs(Inputs<T>& to, const SizeTuple& size, bool recompute, Reader& next) {
   std::apply([&](auto... sizes) { to.size = {sizes...}; }, size);
   to.recompute = recompute;
-  for (const T** p : {&to.x, &to.w_ih, &to.b_ih, &to.w_hh, &to.b_hh, &to.start[0], &to.start[1]})
-    *p = in.get<const T>();
-  for (const int64_t** p : {&to.swaps.swaps, &to.swaps.ends, &to.swaps.lengths}) *p = in.get<const int64_t>();
+  next(to.x, to.w_ih, to.b_ih, to.w_hh, to.b_hh, to.start[0], to.start[1]);
+  next(to.swaps.swaps, to.swaps.ends, to.swaps.lengths);
 }
 
 template <class T>
 void run_forward(const Kernels<T>& kernels, int threads, bool train, bool recompute, const SizeTuple& size,
                  const Addresses& inputs, const Addresses& outputs) {
   Forward<T> f{};
-  Reader in(inputs), out(outputs);
-  read_inputs(f, size, recompute, in);
+  Reader next(inputs), next_output(outputs);
+  read_inputs(f, size, recompute, next);
   f.train = train;
-  for (T** p : {&f.states[0], &f.last[0], &f.last[1], &f.variants[0], &f.penalty, &f.states[1],
-                &f.variants[1], &f.gates, &f.spans})
-    *p = out.get<T>();
+  next_output(f.states[0], f.last[0], f.last[1], f.variants[0], f.penalty, f.states[1], f.variants[1],
+              f.gates, f.spans);
   forward(kernels, f, threads);
 }
 
@@ -57,24 +36,15 @@ template <class T>
 void run_backward(const Kernels<T>& kernels, int threads, bool recompute, const SizeTuple& size,
                   const Addresses& inputs, const Addresses& outputs) {
   Backward<T> g{};
-  Reader in(inputs), out(outputs);
-  for (const T** p : {&g.d_states[0], &g.d_last[0], &g.d_last[1], &g.d_variants[0], &g.d_penalty,
-                      &g.d_states[1], &g.d_variants[1]})
-    *p = in.get<const T>();
-  read_inputs(g, size, recompute, in);
-  for (const T** p : {&g.states[0], &g.states[1], &g.gates, &g.spans}) *p = in.get<const T>();
-  for (T** p : {&g.dx, &g.dw_ih, &g.db_ih, &g.dw_hh, &g.db_hh, &g.d_start[0], &g.d_start[1]})
-    *p = out.get<T>();
+  Reader next(inputs), next_output(outputs);
+  next(g.d_states[0], g.d_last[0], g.d_last[1], g.d_variants[0], g.d_penalty, g.d_states[1], g.d_variants[1]);
+  read_inputs(g, size, recompute, next);
+  next(g.states[0], g.states[1], g.gates, g.spans);
+  next_output(g.dx, g.dw_ih, g.db_ih, g.dw_hh, g.db_hh, g.d_start[0], g.d_start[1]);
   backward(kernels, g, threads);
 }
 
-constexpr std::array<const char*, kCells> kCellNames{"rnn_tanh", "rnn_relu", "gru", "lstm"};
-
-int cell_number(const std::string& name) {
-  for (int n = 0; n < kCells; ++n)
-    if (name == kCellNames[n]) return n;
-  throw py::value_error("cell: got " + name);
-}
+static_assert(sizeof kCellNames / sizeof *kCellNames == kCells);
 
 // Calls run(kernels) with those for arithmetic in "float32", "float64", or "bfloat16": products of bfloat16.
 template <class F>

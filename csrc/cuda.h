@@ -72,8 +72,6 @@ struct Barriers {
 };
 
 enum class Dtype { float32, bfloat16, float16 };
-constexpr int kCells = 4;  // rnn_tanh, rnn_relu, gru, lstm
-
 // Blocks that share a tile, the fewest that hold W_hh in their registers; 0 if 16 do not.
 int cluster(int H, Dtype);
 
@@ -83,7 +81,8 @@ int64_t shared_bytes(int cell, Dtype, int H);
 int saved_gates(int cell);  // KEPT
 int gradients(int cell);    // D
 
-// Start a kernel on a stream. Throw std::runtime_error with CUDA's own words.
+// Start a kernel on a stream; cells are numbered rnn_tanh, rnn_relu, gru, lstm. Throw std::runtime_error with
+// CUDA's own words.
 void forward(int cell, Dtype, const Forward&, uintptr_t stream);
 void backward(int cell, Dtype, const Backward&, uintptr_t stream);
 void gather(int cell, Dtype, const Gather&, uintptr_t stream);

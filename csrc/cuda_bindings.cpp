@@ -1,47 +1,19 @@
 // The Python module sire_fast._cuda: numbers, addresses and a stream in, one of the kernels of cuda.h
 // started.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
-#include <string>
-#include <vector>
-
+#include "bindings.h"
 #include "cuda.h"
 
 namespace py = pybind11;
+using namespace sire_fast;
 using namespace sire_fast::cuda;
 
 namespace {
 
 using Numbers = std::vector<int>;
-using Addresses = std::vector<uintptr_t>;
-
-// Reads addresses one after the other, in the order in which the Python side lists them.
-class Reader {
- public:
-  explicit Reader(const Addresses& addresses) : next_(addresses.begin()) {}
-  template <class... P>
-  void operator()(P*&... p) {
-    ((p = reinterpret_cast<P*>(*next_++)), ...);
-  }
-
- private:
-  Addresses::const_iterator next_;
-};
-
 void read_pass(Pass& to, const Numbers& n, Reader& next) {
   to.T = n.at(0), to.B = n.at(1), to.K = n.at(2), to.H = n.at(3);
   to.S = n.at(4), to.N = n.at(5), to.V = n.at(6), to.cluster = n.at(7), to.tf32 = n.at(8);
   next(to.x, to.w_hh, to.b_hh, to.start[0], to.start[1], to.swaps, to.ends, to.lengths);
-}
-
-constexpr std::array<const char*, kCells> kCellNames{"rnn_tanh", "rnn_relu", "gru", "lstm"};
-
-int cell_number(const std::string& name) {
-  for (int n = 0; n < kCells; ++n)
-    if (name == kCellNames[size_t(n)]) return n;
-  throw py::value_error("cell: got " + name);
 }
 
 Dtype dtype_of(const std::string& name) {

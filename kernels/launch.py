@@ -119,7 +119,7 @@ def _precision(arithmetic: str) -> str:
 
 def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
-    x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = gpu.contiguous(inputs)
+    x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = inputs
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
     call = Call.of(cell, x, h0, swaps, spans if train else None)
     how, tiles = _how(call, x)
@@ -143,7 +143,7 @@ def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Se
 def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradients: Sequence[Tensor | None]) -> None:
     """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
     gradients and what follows them in its schema, x to spans."""
-    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = gpu.contiguous(inputs)
+    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = inputs
     x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, output, cells, gates, spans = inputs
     dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0 = gradients
     call = Call.of(cell, x, h0, swaps, spans)

@@ -84,7 +84,6 @@ def forward(
     cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> None:
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
-    inputs = _contiguous(inputs)
     x, *_, swaps, ends, lengths = inputs
     # here too, so that a compiled graph checks positions
     needed, rows = span_rows(x.shape[0], swaps, ends, lengths, None), outputs[-1].shape[0]
@@ -105,7 +104,6 @@ def backward(
 ) -> None:
     """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
     gradients and what follows them in its schema, x to spans."""
-    inputs = _contiguous(inputs)
     threads = torch.get_num_threads()
     _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
 
@@ -113,11 +111,6 @@ def backward(
 def _size(x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Any, b_hh: Any, h0: Tensor, c0: Any, swaps: Tensor) -> Any:
     """T, B, K, H and I, which is 0 for inputs that are projected already."""
     return (x.shape[0], x.shape[1], swaps.shape[1], h0.shape[1], 0 if w_ih is None else x.shape[2])
-
-
-def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The callers keep these in a name: a copy has to outlive the call that reads it."""
-    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -79,7 +79,7 @@ def forward(
 ) -> None:
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     gpu.check(train, inputs, outputs[-1])
-    x, w_ih, b_ih, *others = gpu.contiguous(inputs)
+    x, w_ih, b_ih, *others = inputs
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
     if train:
         spans.zero_()  # rows behind a span are factors of dW_hh, next to zeros
@@ -116,7 +116,7 @@ def backward(
 ) -> None:
     """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
     gradients and what follows them in its schema, x to spans."""
-    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = gpu.contiguous(inputs)
+    d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = inputs
     x, w_ih, b_ih, *others, output, cells, gates, spans = inputs
     w_hh, b_hh, h0, c0, swaps, ends, lengths = others
     dx, dw_ih, db_ih, dw_hh, db_hh, dh0, dc0 = gradients

@@ -145,7 +145,3 @@ def fill(gradient: Tensor | None, found: Callable[[], Tensor]) -> None:
     """Fill a gradient if it is wanted."""
     if gradient is not None:
         gradient.copy_(found())
-
-
-def contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [t if t is None else t.contiguous() for t in tensors]

@@ -6,6 +6,7 @@ backend that was chosen before; which one is chosen, and the checks of shapes, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ def _outputs(
 def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _, train = arguments
     outputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
-    _IMPLEMENTATIONS[backend].forward(cell, arithmetic, train, recompute, inputs, outputs)
+    _IMPLEMENTATIONS[backend].forward(cell, arithmetic, train, recompute, _contiguous(inputs), outputs)
     return outputs
 
 
@@ -178,8 +179,13 @@ def _backward(cell: str, backend: str, arithmetic: str, recompute: bool, *argume
     computed = _gradients(cell, backend, arithmetic, recompute, *arguments)
     grads, *kept, needs = arguments
     wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
-    _IMPLEMENTATIONS[backend].backward(cell, arithmetic, recompute, [*grads, *kept], wanted)
+    _IMPLEMENTATIONS[backend].backward(cell, arithmetic, recompute, _contiguous([*grads, *kept]), wanted)
     return computed
+
+
+def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As the kernels, which read raw memory, want them."""
+    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
