@@ -540,7 +540,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     return r.original && n < p.K ? int(times[r.b * p.K + n]) : -1;
   }
 
-  // 2 d_penalty (h_variant - h) for variant v that ends at step t, of which `row` is the last of its span
+  // 2 d_penalty (h_variant - h) where variant v ends, at the last row of its span
   SIRE_DEVICE float pull(int64_t v, int64_t span_row, float h, int unit) const {
     return 2 * g.d_penalty[v] * (g.spans[span_row * STATES * p.H + unit] - h);
   }
