@@ -319,8 +319,10 @@ def doctor() -> None:
                     for reason in backends.why_not(backend, cell=cell, **call)
                 )
                 name = str(dtype).removeprefix("torch.")
-                serves = "serves where it is named, not yet run on a GPU" if backend in backends.UNPROVEN else "serves"
-                table.add_row(f"backend {backend}", f"{device}, {name}: {'; '.join(reasons) or serves}")
+                told = "; ".join(reasons) or "serves"
+                if backend in backends.UNPROVEN:
+                    told += "; not yet run on a GPU, used where it is named"
+                table.add_row(f"backend {backend}", f"{device}, {name}: {told}")
     table.add_row("layers", cpu.SLOWER_THAN_TORCH)
     _console.print(table)
 
