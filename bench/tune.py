@@ -99,7 +99,8 @@ def winner(cell: str, hidden: int, dtype: torch.dtype, device: str, kernels: Seq
     """Who is the fastest in a training step of a layer, a backend or "torch"; and the microseconds per step of all."""
     name = str(dtype).removeprefix("torch.")
     setting = Setting(
-        {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN"), STEPS, SEQUENCES, hidden, hidden,
+        {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN"),  # tanh stands for relu, whose step is no longer
+        STEPS, SEQUENCES, hidden, hidden,
         f"uniform:{SWAPS}", "end", name, device,
     )  # fmt: skip
     measured = measure(Item(setting, name, ()), [*kernels, "stacked"], rounds=ROUNDS)

@@ -58,8 +58,10 @@ def choose(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device 
     """
     call = {"cell": cell, "dtype": dtype, "device": torch.device(device), "hidden_size": hidden_size}
     if backend == "auto" and not _forced:
-        asked = [gpu.fastest(**call), *(name for name in BACKENDS if name not in UNPROVEN)]
-        return next(name for name in asked if name in BACKENDS and not BACKENDS[name](**call))
+        fastest = gpu.fastest(**call)
+        if fastest in BACKENDS and not BACKENDS[fastest](**call):
+            return fastest
+        return next(name for name, reasons in BACKENDS.items() if name not in UNPROVEN and not reasons(**call))
     named = _forced if backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:

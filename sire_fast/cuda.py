@@ -83,9 +83,10 @@ def forward(
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
     if train:
         spans.zero_()  # rows behind a span are factors of dW_hh, next to zeros
-    tracks, last, ended = (output, cells), (h_n, c_n), (variants, variant_cells)
-    kept = (gates if gates.numel() else None, spans if train else None)
-    _forward(cell, gpu.projected(x, w_ih, b_ih), others, tracks, last, ended, penalty, *kept)
+    _forward(
+        cell, gpu.projected(x, w_ih, b_ih), others, (output, cells), (h_n, c_n), (variants, variant_cells), penalty,
+        gates if gates.numel() else None, spans if train else None,
+    )  # fmt: skip
 
 
 def _forward(
