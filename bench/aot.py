@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 from sire_fast import cuda
 from sire_fast import triton as backend
 from sire_fast.cells import CELLS
+from sire_fast.cuda import Chip
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
 
@@ -37,6 +38,7 @@ ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.
 HIDDEN = (16, 32, 64, 128, 256, 512, 1024)
 SPILL_LIMIT = 128
 CUDA_SPILL_LIMIT = 192  # an LSTM's weights take 128 of a thread's 255 registers
+PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and B200
 
 
 class Job(NamedTuple):
@@ -148,27 +150,23 @@ _MANGLED = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 _KERNEL = re.compile(r"(forward|backward)_kernelINS_\d+(\w+?)E(f|13__nv_bfloat16|6__half)EE")
 
 
-def _fits(cell: str, dtype: str, hidden: int, capability: int) -> bool:
-    return cuda._cuda.shared_bytes(cell, dtype, hidden) <= 1024 * SHARED_MEMORY[capability]
-
-
 def extension() -> dict[int, list[Usage]]:
-    """Capability -> what the CUDA kernels in the extension use there, for the largest H that is served: of those that a
-    block holds alone, from capability 9.0 on a cluster of blocks."""
+    """Capability -> what the CUDA kernels in the extension use there: of shared memory the most that an H of those that
+    are served needs."""
     found: dict[int, list[Usage]] = {}
     for code in re.split(r"(?=\barch = )", _dump(cuda._cuda.__file__))[1:]:
         capability = int(re.match(r"arch = sm_(\d+)", code)[1])
+        chip = Chip(divmod(capability, 10), PROCESSORS[capability], 1024 * SHARED_MEMORY[capability])
         for name, told in re.findall(r"Function (\S+):\s*(.*)", code):
             kernel = _KERNEL.search(name)
             if not kernel:
                 continue
             kind, cell, dtype = kernel[1], re.sub(r"(?<=n)(?=[A-Z])", "_", kernel[2]).lower(), _MANGLED[kernel[3]]
-            blocks = (1,) if capability < 90 else (1, 2, 4, 8, 16)
-            # larger ones are refused
-            H = max(h for h in HIDDEN if cuda._cuda.cluster(h, dtype) in blocks and _fits(cell, dtype, h, capability))
-            used, shared = _used(told), cuda._cuda.shared_bytes(cell, dtype, H)
-            spilled, title = used["STACK"] + used["LOCAL"], f"{kind} {cell} {dtype} H<={H}"
-            usage = Usage(title, used["REG"], spilled, shared, "mma.sync", CUDA_SPILL_LIMIT)
+            groups = {H: cuda.group(cell, dtype, H, chip) for H in HIDDEN if cuda._cuda.blocks(H, dtype)}
+            shared = {H: cuda._cuda.shared_bytes(cell, dtype, H, *group) for H, group in groups.items() if group}
+            used, title = _used(told), f"{kind} {cell} {dtype} H<={max(shared)}"
+            spilled = used["STACK"] + used["LOCAL"]
+            usage = Usage(title, used["REG"], spilled, max(shared.values()), "mma.sync", CUDA_SPILL_LIMIT)
             found.setdefault(capability, []).append(usage)
     return found
 

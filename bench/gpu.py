@@ -195,8 +195,8 @@ def seconds_of(run: Callable[[], object], repeat: int, device: str) -> float:
 
 def rates(device: str, side: int = 8192) -> dict[str, float]:
     """What the device reaches: bytes per second of a copy, read and written, operations per second of a product of
-    square matrices in every arithmetic, and, if the extension is there, seconds of a barrier of a block, "barrier", and
-    of clusters of blocks, "barrier of 2" and so on."""
+    square matrices in every arithmetic, and, if the extension is there, seconds of a barrier of a block, "barrier", of
+    clusters of blocks, "barrier of 2" and so on, and of groups that meet in memory, "barrier of 2 in memory"."""
 
     def median(run: Callable[[], object]) -> float:
         seconds_of(run, 3, device)
@@ -209,9 +209,10 @@ def rates(device: str, side: int = 8192) -> dict[str, float]:
         square = torch.randn(side, side, device=device).to(dtype)
         with arithmetic_of(name):
             found[name] = 2 * side**3 / median(lambda square=square: square @ square)
-    for blocks in cuda.cluster_sizes(torch.device(device)):
-        took = median(lambda blocks=blocks: cuda.barriers(BARRIERS, blocks, a))
-        found["barrier" + f" of {blocks}" * (blocks > 1)] = took / BARRIERS
+    for group in cuda.groups(torch.device(device)):
+        took = median(lambda group=group: cuda.barriers(BARRIERS, group, a))
+        where = f" of {group.blocks}" * (group.blocks > 1) + " in memory" * group.mailbox
+        found["barrier" + where] = took / BARRIERS
     return found
 
 

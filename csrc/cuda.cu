@@ -1,10 +1,9 @@
 // Persistent kernels: W_hh stays in registers for all steps, the states go through shared memory once a step.
 //
 // A warp has 16 units, all of their gates, and of the sum over h up to kSlots tiles; where H is larger,
-// several warps share the units (`split`), and several blocks, a cluster, the tile. The gates of a unit for a
-// row meet in one thread, which takes the cell's step for it: the only exchange in a step is that of the new
-// states (backward: of the gates' gradients), written into the other of two buffers of every block of the
-// cluster. One barrier a step.
+// several warps share the units, and several blocks, a group, the tile. The gates of a unit for a row meet in
+// one thread, which takes the cell's step for it: the only exchange in a step is that of the new states
+// (backward: of the gates' gradients) between the blocks of the group. One barrier of the group a step.
 #ifdef __CUDACC__
 #include "gpu.h"
 #else
@@ -25,7 +24,6 @@ constexpr int kUnits = 16;     // units of a warp
 constexpr int kTileWords = 8;  // 32-bit words of a tile of the sum
 constexpr int kSlots = 8;      // tiles of the sum of which a warp holds weights
 constexpr int kWarps = 8;      // of a block, at most
-constexpr int kLargestCluster = 16;
 
 struct Math {
   using V = float;
@@ -53,8 +51,8 @@ struct Split {
   int tiles;   // of kUnits units, of a block
   int sum;     // tiles of the sum
   int splits;  // of the sum, between warps
-  SIRE_HOST_DEVICE Split(int H, int cluster, int factors)
-      : tiles(ceil_div(ceil_div(H, kUnits), cluster)),
+  SIRE_HOST_DEVICE Split(int H, int blocks, int factors)
+      : tiles(ceil_div(ceil_div(H, kUnits), blocks)),
         sum(ceil_div(H, kTileWords * factors)),
         splits(ceil_div(sum, kSlots)) {}
   SIRE_HOST_DEVICE int warps() const { return tiles * splits; }
@@ -83,25 +81,29 @@ struct Shared {
   static constexpr int kStaged = kBackward ? Cell::saved : Cell::gates;
   static constexpr int kStagedStates = kBackward ? 2 * Cell::states : 0;  // s, d_states
 
+  // of operands: a block that nobody writes to needs no second one if the warps wait for each other's parts
+  // of the sum, and with that for the reading of the first
+  int buffers;
   int operand_stride, staged_stride, state_stride;  // of rows
   Row* rows;                                        // (kRows)
   Cursor* cursors;                                  // (tiles, kRows)
   float* sums;           // (splits - 1, tiles, gates, kTiles, 4, 32), what other warps have summed
   float* own;            // (states, kRows, units), states, or their gradients
   float* after;          // backward: (states, kRows, units), states after the step
-  E* operand;            // (2, kOperands, kRows, all units), factors of the product
+  E* operand;            // (buffers, kOperands, kRows, all units), factors of the product
   E* staged;             // (2, kStaged, kRows, units), inputs or gates of a step
   float* staged_states;  // (2, kStagedStates, kRows, units)
   int64_t bytes;
 
-  SIRE_HOST_DEVICE Shared(char* memory, const Split& split, int cluster) {
+  SIRE_HOST_DEVICE Shared(char* memory, const Split& split, int blocks, bool mailbox) {
     char* at = memory;
     const auto take = [&](auto*& p, int64_t n) {
       p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at);
       at += (n * int64_t(sizeof *p) + 15) / 16 * 16;
     };
     const int padding = 16 / int(sizeof(E));
-    operand_stride = cluster * split.units() + padding;
+    buffers = mailbox && split.splits > 1 ? 1 : 2;
+    operand_stride = blocks * split.units() + padding;
     staged_stride = split.units() + padding;
     state_stride = split.units() + 4;
     take(rows, kRows);
@@ -109,12 +111,20 @@ struct Shared {
     take(sums, int64_t(split.splits - 1) * split.tiles * Cell::gates * kTiles * 128);
     take(own, Cell::states * kRows * state_stride);
     take(after, kBackward ? Cell::states * kRows * state_stride : 0);
-    take(operand, 2 * kOperands * kRows * operand_stride);
+    take(operand, buffers * kOperands * kRows * operand_stride);
     take(staged, 2 * kStaged * kRows * staged_stride);
     take(staged_states, 2 * kStagedStates * kRows * state_stride);
     bytes = at - memory;
   }
 };
+
+// A barrier of a group that is no cluster, its `count`th.
+SIRE_DEVICE void group_barrier(uint32_t* arrived, int rank, int blocks, uint32_t count) {
+  barrier();
+  if (!thread()) publish(arrived + rank, count);
+  for (int n = thread(); n < blocks; n += threads()) wait_for(arrived + n, count);
+  barrier();
+}
 
 using Sum = float[4];  // a thread's part of a product: two rows of each of two units
 
@@ -125,17 +135,19 @@ struct Tile {
   const Pass& p;
   const Split split;
   const Shared<Cell, E, kBackward> shared;
-  const int rank, first_sequence;
+  const int group, rank;
   const int unit0;                   // of the block
   const int warp, lane, tile, part;  // tile of units and part of the sum of this warp
   uint32_t w[G][kSlots][4];          // W_hh, transposed in the backward
+  int first_sequence;                // of the rows
+  uint32_t exchanges = 0;            // through the mailbox
 
   SIRE_DEVICE explicit Tile(const Pass& p)
       : p(p),
-        split(p.H, p.cluster, kFactors<E>),
-        shared(shared_memory(), split, p.cluster),
-        rank(block() % p.cluster),
-        first_sequence(block() / p.cluster * p.N),
+        split(p.H, p.blocks, kFactors<E>),
+        shared(shared_memory(), split, p.blocks, p.mailbox),
+        group(block() / p.blocks),
+        rank(block() % p.blocks),
         unit0(rank * split.units()),
         warp(thread() / 32),
         lane(thread() % 32),
@@ -144,7 +156,13 @@ struct Tile {
     SIRE_EACH (g, G)
       SIRE_EACH (slot, kSlots)
         SIRE_EACH (r, 4) w[g][slot][r] = weight(g, slot, r);
-    if (p.cluster > 1) cluster_barrier();  // nobody writes to a block that has not begun
+    meet();  // nobody writes to a block that has not begun
+  }
+
+  // Calls body() for each tile of sequences of the group.
+  template <class F>
+  SIRE_DEVICE void each_tile(F body) {
+    for (first_sequence = group * p.N; first_sequence < p.B; first_sequence += p.groups * p.N) body();
   }
 
   SIRE_DEVICE uint32_t weight(int g, int slot, int r) const {
@@ -238,7 +256,8 @@ struct Tile {
   }
   // factors of a row of a product, for the units of all blocks
   SIRE_DEVICE E* operand(int buffer, int field, int row) const {
-    return shared.operand + ((buffer * shared.kOperands + field) * kRows + row) * shared.operand_stride;
+    const int at = shared.buffers > 1 ? buffer : 0;
+    return shared.operand + ((at * shared.kOperands + field) * kRows + row) * shared.operand_stride;
   }
 
   // Starts to copy, for each row, this block's units of source(row), of H values, or zeros if that is null.
@@ -322,23 +341,46 @@ struct Tile {
     }
   }
 
-  // What was fetched has come, and all of the cluster are here.
+  // What was fetched has come, and nobody of the cluster is behind.
   SIRE_DEVICE void meet() const {
     wait_for_copies();
     barrier();
-    if (p.cluster > 1) cluster_barrier();
+    if (p.blocks > 1 && !p.mailbox) cluster_barrier();
   }
 
-  // Ends a step: as `meet`, and this block's operands have gone to the whole cluster.
-  SIRE_DEVICE void exchange(int buffer) const {
-    if (p.cluster == 1) return meet();
-    barrier();
+  // Calls body(rank, row, u) for pieces of 16 bytes of the operands of the blocks that follow this one by
+  // first to last - 1: those of its units from u on.
+  template <class F>
+  SIRE_DEVICE void each_piece(int first, int last, F body) const {
     constexpr int kPiece = 16 / int(sizeof(E));
-    const int pieces = split.units() / kPiece, of_peer = shared.kOperands * kRows * pieces;
-    for (int n = thread(); n < of_peer * (p.cluster - 1); n += threads()) {
-      const int peer = (rank + 1 + n / of_peer) % p.cluster, row = n % of_peer / pieces;
-      E* at = operand(buffer, row / kRows, row % kRows) + unit0 + n % pieces * kPiece;
-      store_to_peer(at, peer, *reinterpret_cast<const uint4*>(at));
+    const int pieces = split.units() / kPiece, of_block = shared.kOperands * kRows * pieces;
+    for (int n = first * of_block + thread(); n < last * of_block; n += threads())
+      body((rank + n / of_block) % p.blocks, n % of_block / pieces, n % pieces * kPiece);
+  }
+
+  // Ends a step: as `meet`, and the operands of all blocks have come to this one.
+  SIRE_DEVICE void exchange(int buffer) {
+    const auto in_shared = [&](int rank, int row, int u) {
+      return reinterpret_cast<uint4*>(operand(buffer, 0, row) + rank * split.units() + u);
+    };
+    if (p.blocks > 1) barrier();
+    if (p.mailbox) {
+      const int width = p.blocks * split.units(), half = shared.kOperands * kRows * width;
+      E* mailbox = static_cast<E*>(p.mailbox) + (group * 2 + exchanges % 2) * half;
+      const auto in_mailbox = [&](int rank, int row, int u) {
+        return reinterpret_cast<uint4*>(mailbox + row * width + rank * split.units() + u);
+      };
+      each_piece(0, 1,
+                 [&](int rank, int row, int u) { *in_mailbox(rank, row, u) = *in_shared(rank, row, u); });
+      group_barrier(p.arrived + group * p.blocks, rank, p.blocks, ++exchanges);
+      each_piece(1, p.blocks, [&](int rank, int row, int u) {
+        copy_async(in_shared(rank, row, u), in_mailbox(rank, row, u));
+      });
+    } else {
+      each_piece(1, p.blocks, [&](int peer, int row, int u) {
+        uint4* at = in_shared(rank, row, u);
+        store_to_peer(at, peer, *at);
+      });
     }
     meet();
   }
@@ -366,7 +408,7 @@ struct ForwardTile : Tile<Cell, E, false> {
       });
   }
 
-  SIRE_DEVICE void begin() const {
+  SIRE_DEVICE void begin() {
     if (!this->part)
       each([&](int, int, int row, int u) {
         const Row& r = shared.rows[row];
@@ -394,7 +436,7 @@ struct ForwardTile : Tile<Cell, E, false> {
         static_cast<E*>(f.gates)[(this->gates_row(r, t) * KEPT + k) * p.H + unit] = E(kept[k]);
   }
 
-  SIRE_DEVICE void step(int tau, const float (&bias)[2][G]) const {
+  SIRE_DEVICE void step(int tau, const float (&bias)[2][G]) {
     const int now = tau % 2;
     fetch_inputs(1 - now, tau + 1);
     Sum u[kTiles][G];
@@ -450,7 +492,7 @@ struct ForwardTile : Tile<Cell, E, false> {
     }
   }
 
-  SIRE_DEVICE void run() const {
+  SIRE_DEVICE void run() {
     float bias[2][G];
     SIRE_EACH (half, 2)
       SIRE_EACH (g, G) {
@@ -458,13 +500,15 @@ struct ForwardTile : Tile<Cell, E, false> {
         const bool has = p.b_hh && !this->part && unit < p.H;
         bias[half][g] = has ? float(static_cast<const E*>(p.b_hh)[g * p.H + unit]) : 0;
       }
-    for (int pass = 0; pass < this->passes(); ++pass) {
-      this->set_rows(pass);
-      const int steps = this->steps(pass);
-      begin();
-      for (int tau = 0; tau < steps; ++tau) step(tau, bias);
-      finish();
-    }
+    this->each_tile([&] {
+      for (int pass = 0; pass < this->passes(); ++pass) {
+        this->set_rows(pass);
+        const int steps = this->steps(pass);
+        begin();
+        for (int tau = 0; tau < steps; ++tau) step(tau, bias);
+        finish();
+      }
+    });
   }
 };
 
@@ -516,7 +560,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     }
   }
 
-  SIRE_DEVICE void begin(int steps) const {
+  SIRE_DEVICE void begin(int steps) {
     if (!this->part)
       each([&](int, int, int row, int u) {
         const Row& r = shared.rows[row];
@@ -620,7 +664,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     SIRE_EACH (k, STATES) own(k, row, u) = goes_on ? ds[k] : 0;
   }
 
-  SIRE_DEVICE void step(int tau) const {
+  SIRE_DEVICE void step(int tau) {
     const int now = tau % 2;
     fetch_step(1 - now, tau - 1);
     if (!this->part) {
@@ -650,20 +694,26 @@ struct BackwardTile : Tile<Cell, E, true> {
     for (; at.start == t && t <= r.stop; at.start = next(r, g.start_times, at.n_started)) ++at.n_started;
   }
 
-  SIRE_DEVICE void run() const {
-    for (int pass = this->passes() - 1; pass >= 0; --pass) {
-      this->set_rows(pass);
-      const int steps = this->steps(pass);
-      if (!steps) continue;
-      begin(steps);
-      for (int tau = steps - 1; tau >= 0; --tau) step(tau);
-      if (!this->part)
-        each([&](int, int, int row, int u) {
-          const Row& r = shared.rows[row];
-          if (r.original && unit0 + u < p.H)
-            SIRE_EACH (k, STATES) g.d_start[k][r.b * p.H + unit0 + u] = own(k, row, u);
-        });
-    }
+  SIRE_DEVICE void run() {
+    this->each_tile([&] {
+      for (int pass = this->passes() - 1; pass >= 0; --pass) {
+        this->set_rows(pass);
+        const int steps = this->steps(pass);
+        if (!steps) continue;
+        begin(steps);
+        for (int tau = steps - 1; tau >= 0; --tau) step(tau);
+        finish();
+      }
+    });
+  }
+
+  SIRE_DEVICE void finish() const {
+    if (!this->part)
+      each([&](int, int, int row, int u) {
+        const Row& r = shared.rows[row];
+        if (r.original && unit0 + u < p.H)
+          SIRE_EACH (k, STATES) g.d_start[k][r.b * p.H + unit0 + u] = own(k, row, u);
+      });
   }
 };
 
@@ -703,7 +753,14 @@ gather_kernel(const Gather call) {
 }
 
 SIRE_KERNEL(32 * kWarps) barriers_kernel(const Barriers call) {
-  for (int n = 0; n < call.count; ++n) call.cluster > 1 ? cluster_barrier() : barrier();
+  for (int n = 0; n < call.count; ++n) {
+    if (call.arrived)
+      group_barrier(call.arrived, block(), call.blocks, uint32_t(n + 1));
+    else if (call.blocks > 1)
+      cluster_barrier();
+    else
+      barrier();
+  }
 }
 
 // ------------------------------------------------------------------ launches
@@ -724,26 +781,34 @@ void dispatch(int cell, Dtype dtype, F run) {
 
 template <class Cell, class E, bool kBackward, class Call>
 void launch_tiles(void (*kernel)(Call), const Call& call, uintptr_t stream) {
-  const Split split(call.H, call.cluster, kFactors<E>);
-  const int64_t shared = Shared<Cell, E, kBackward>(nullptr, split, call.cluster).bytes;
-  const int64_t blocks = int64_t(ceil_div(call.B, call.N)) * call.cluster;
-  launch(kernel, blocks, call.cluster, 32 * split.warps(), size_t(shared), stream, call);
+  const Split split(call.H, call.blocks, kFactors<E>);
+  const bool mailbox = call.mailbox;
+  Grid grid{int64_t(call.groups) * call.blocks, 32 * split.warps(), 0, mailbox ? 1 : call.blocks, mailbox};
+  grid.shared = Shared<Cell, E, kBackward>(nullptr, split, call.blocks, mailbox).bytes;
+  launch(kernel, grid, stream, call);
 }
 
 }  // namespace
 
-int cluster(int H, Dtype dtype) {
-  for (int blocks = 1; blocks <= kLargestCluster; blocks *= 2)
-    if (Split(H, blocks, dtype == Dtype::float32 ? 1 : 2).warps() <= kWarps) return blocks;
-  return 0;
+int blocks(int H, Dtype dtype) {
+  const Split whole(H, 1, dtype == Dtype::float32 ? 1 : 2);
+  return whole.splits > kWarps ? 0 : ceil_div(whole.tiles, kWarps / whole.splits);
 }
 
-int64_t shared_bytes(int cell, Dtype dtype, int H) {
+int64_t shared_bytes(int cell, Dtype dtype, int H, int blocks, bool mailbox) {
   int64_t bytes = 0;
   dispatch(cell, dtype, [&](auto c, auto e) {
-    const int blocks = cluster(H, dtype);
     const Split split(H, blocks, kFactors<decltype(e)>);
-    bytes = Shared<decltype(c), decltype(e), true>(nullptr, split, blocks).bytes;
+    bytes = Shared<decltype(c), decltype(e), true>(nullptr, split, blocks, mailbox).bytes;
+  });
+  return bytes;
+}
+
+int64_t mailbox_bytes(int cell, Dtype dtype, int H, int blocks) {
+  int64_t bytes = 0;
+  dispatch(cell, dtype, [&](auto c, auto e) {
+    const Split split(H, blocks, kFactors<decltype(e)>);
+    bytes = 2 * int64_t(decltype(c)::gates) * kRows * blocks * split.units() * int(sizeof e);
   });
   return bytes;
 }
@@ -778,13 +843,15 @@ void backward(int cell, Dtype dtype, const Backward& g, uintptr_t stream) {
 
 void gather(int cell, Dtype dtype, const Gather& call, uintptr_t stream) {
   dispatch(cell, dtype, [&](auto c, auto e) {
-    launch(gather_kernel<decltype(c), decltype(e)>, int64_t(call.T) * call.B, 1, kGatherThreads, 0, stream,
-           call);
+    const Grid grid{int64_t(call.T) * call.B, kGatherThreads, 0, 1, false};
+    launch(gather_kernel<decltype(c), decltype(e)>, grid, stream, call);
   });
 }
 
 void barriers(const Barriers& call, uintptr_t stream) {
-  launch(barriers_kernel, call.cluster, call.cluster, 32 * kWarps, 0, stream, call);
+  const bool cooperative = call.arrived;
+  const Grid grid{call.blocks, 32 * kWarps, 0, cooperative ? 1 : call.blocks, cooperative};
+  launch(barriers_kernel, grid, stream, call);
 }
 
 }  // namespace sire_fast::cuda

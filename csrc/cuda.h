@@ -1,9 +1,10 @@
 // The recurrent pass with its swapped variants, and its gradient, on a GPU: what goes in and what comes out.
 //
-// A cluster of blocks owns N sequences and needs no other. It runs passes over tiles of kRows rows: in the
-// first the originals and V variants of each, in lock step; behind it the other variants, each from its own
-// start. Variant v = b * K + k keeps row v * S + t - i of its span i..end. T steps, B sequences, K variants
-// of each, H units; G gates, STATES states, KEPT kept values and D different gradients of gates by cell.
+// A group of blocks, often one alone, takes tiles of N sequences in turns and needs no other group. It runs
+// passes over kRows rows: in the first the originals and V variants of each, in lock step; behind it the
+// other variants, each from its own start. Variant v = b * K + k keeps row v * S + t - i of its span i..end.
+// T steps, B sequences, K variants of each, H units; G gates, STATES states, KEPT kept values and D different
+// gradients of gates by cell.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +15,15 @@ constexpr int kRows = 16;
 
 struct Pass {
   int T, B, K, H;
-  int S;          // rows of `spans` for a variant
-  int N, V;       // sequences of a tile, and variants of each that run in lock step with it
-  int cluster;    // blocks of a tile, between which the units are split
-  bool tf32;      // products of float32 may be TF32
+  int S;       // rows of `spans` for a variant
+  int N, V;    // sequences of a tile, and variants of each that run in lock step with it
+  int groups;  // that run at once
+  int blocks;  // of a group, between which the units are split
+  bool tf32;   // products of float32 may be TF32
+  // where blocks of a group leave operands to each other, of (groups, mailbox_bytes); null for clusters,
+  // whose blocks reach each other's shared memory
+  void* mailbox;
+  uint32_t* arrived;  // (groups, blocks), how often each has left some; 0 at first
   const void* x;  // (T, B, G*H), projected; x, w_hh, b_hh, gates, dx, du and d_spans are in the call's dtype
   const void* w_hh;        // (G*H, H)
   const void* b_hh;        // (G*H) or null
@@ -66,17 +72,19 @@ struct Gather {
   void* dx;
 };
 
-// Barriers one behind the other, of blocks that are alone or in clusters: what a step takes at least.
+// Barriers of a group one behind the other: what a step takes at least.
 struct Barriers {
-  int count, cluster;
+  int count, blocks;
+  uint32_t* arrived;  // (blocks), 0 at first; null for a cluster
 };
 
 enum class Dtype { float32, bfloat16, float16 };
-// Blocks that share a tile, the fewest that hold W_hh in their registers; 0 if 16 do not.
-int cluster(int H, Dtype);
+// The fewest blocks that hold W_hh in their registers; 0 if no number does.
+int blocks(int H, Dtype);
 
-// Bytes of a block in such a cluster, in the backward, which needs more.
-int64_t shared_bytes(int cell, Dtype, int H);
+// Bytes of a block's shared memory, and of a group's mailbox, in the backward, which needs more.
+int64_t shared_bytes(int cell, Dtype, int H, int blocks, bool mailbox);
+int64_t mailbox_bytes(int cell, Dtype, int H, int blocks);
 
 int saved_gates(int cell);  // KEPT
 int gradients(int cell);    // D

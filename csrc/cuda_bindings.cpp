@@ -12,8 +12,9 @@ namespace {
 using Numbers = std::vector<int>;
 void read_pass(Pass& to, const Numbers& n, Reader& next) {
   to.T = n.at(0), to.B = n.at(1), to.K = n.at(2), to.H = n.at(3);
-  to.S = n.at(4), to.N = n.at(5), to.V = n.at(6), to.cluster = n.at(7), to.tf32 = n.at(8);
-  next(to.x, to.w_hh, to.b_hh, to.start[0], to.start[1], to.swaps, to.ends, to.lengths);
+  to.S = n.at(4), to.N = n.at(5), to.V = n.at(6), to.groups = n.at(7), to.blocks = n.at(8), to.tf32 = n.at(9);
+  next(to.mailbox, to.arrived, to.x, to.w_hh, to.b_hh, to.start[0], to.start[1], to.swaps, to.ends,
+       to.lengths);
 }
 
 Dtype dtype_of(const std::string& name) {
@@ -33,9 +34,13 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("device") = "cuda";
 #endif
   m.attr("rows") = kRows;
-  m.def("cluster", [](int H, const std::string& dtype) { return cluster(H, dtype_of(dtype)); });
-  m.def("shared_bytes", [](const std::string& cell, const std::string& dtype, int H) {
-    return shared_bytes(cell_number(cell), dtype_of(dtype), H);
+  m.def("blocks", [](int H, const std::string& dtype) { return blocks(H, dtype_of(dtype)); });
+  m.def("shared_bytes",
+        [](const std::string& cell, const std::string& dtype, int H, int blocks, bool mailbox) {
+          return shared_bytes(cell_number(cell), dtype_of(dtype), H, blocks, mailbox);
+        });
+  m.def("mailbox_bytes", [](const std::string& cell, const std::string& dtype, int H, int blocks) {
+    return mailbox_bytes(cell_number(cell), dtype_of(dtype), H, blocks);
   });
   m.def("saved_gates", [](const std::string& cell) { return saved_gates(cell_number(cell)); });
   m.def("gradients", [](const std::string& cell) { return gradients(cell_number(cell)); });
@@ -68,5 +73,7 @@ PYBIND11_MODULE(_cuda, m) {
     next(call.swaps, call.ends, call.d_spans, call.d_first, call.dx);
     gather(cell_number(cell), dtype_of(dtype), call, stream);
   });
-  m.def("barriers", [](int count, int cluster, uintptr_t stream) { barriers({count, cluster}, stream); });
+  m.def("barriers", [](int count, int blocks, uintptr_t arrived, uintptr_t stream) {
+    barriers({count, blocks, reinterpret_cast<uint32_t*>(arrived)}, stream);
+  });
 }

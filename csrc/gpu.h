@@ -55,6 +55,18 @@ SIRE_DEVICE void store_to_peer(void* to, int rank, uint4 value) {
 #endif
 }
 
+// Tells all blocks how far this one has come, and with it, behind a barrier, what its threads have written.
+SIRE_DEVICE void publish(uint32_t* to, uint32_t count) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(count) : "memory");
+}
+
+// Waits until another block has come as far.
+SIRE_DEVICE void wait_for(const uint32_t* from, uint32_t count) {
+  uint32_t found;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(from) : "memory");
+  while (found < count);
+}
+
 // Starts to copy 16 bytes from global to shared memory, both at 16 bytes.
 SIRE_DEVICE void copy_async(void* to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
@@ -106,23 +118,38 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("cuda: ") + cudaGetErrorString(error));
 }
 
-// Starts a kernel on a stream, in clusters of blocks.
+struct Grid {
+  int64_t blocks;
+  int threads;       // of a block
+  int64_t shared;    // bytes of a block
+  int cluster;       // blocks that reach each other's shared memory
+  bool cooperative;  // all blocks run at once
+};
+
+// Starts a kernel on a stream.
 template <class Call>
-void launch(void (*kernel)(Call), int64_t blocks, int cluster, int threads, size_t shared, uintptr_t stream,
-            const Call& call) {
+void launch(void (*kernel)(Call), const Grid& grid, uintptr_t stream, const Call& call) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
-  if (cluster > 8) check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
+  if (grid.cluster > 8)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(blocks));
-  config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = shared;
+  config.gridDim = dim3(unsigned(grid.blocks));
+  config.blockDim = dim3(unsigned(grid.threads));
+  config.dynamicSmemBytes = size_t(grid.shared);
   config.stream = reinterpret_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1;
+  config.attrs = attributes;
+  if (grid.cluster > 1) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+  }
+  if (grid.cooperative) {
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+  }
   check(cudaLaunchKernelEx(&config, kernel, call));
 }
 

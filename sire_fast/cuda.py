@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +23,38 @@ except ImportError as error:
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
-_CLUSTERS = (9, 0)  # the capability from which on blocks work together
+_CLUSTERS = (9, 0)  # the capability from which on there are clusters, of 8 blocks at most
+_LARGE_CLUSTERS = (9, 10)  # the major capabilities that have some of 16
+
+
+class Chip(NamedTuple):
+    """Attributes:
+    capability: major and minor.
+    processors: of which each runs one block.
+    shared: bytes of shared memory that a block may have.
+    """
+
+    capability: tuple[int, int]
+    processors: int
+    shared: int
+
+    @property
+    def largest_cluster(self) -> int:
+        if self.capability < _CLUSTERS:
+            return 1
+        return 16 if self.capability[0] in _LARGE_CLUSTERS else 8
+
+
+class Group(NamedTuple):
+    """Blocks that share the units of a tile.
+
+    Attributes:
+        blocks: how many.
+        mailbox: whether they meet in global memory; else they are a cluster, or one alone.
+    """
+
+    blocks: int
+    mailbox: bool
 
 
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
@@ -34,19 +67,16 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
     if dtype not in _DTYPES:
         return [*reasons, f"cuda: computes in float32, bfloat16 and float16, got {dtype}"]
     size = f"H={hidden_size} in {_name(dtype)}"
-    blocks = _blocks(hidden_size, dtype)
-    if not blocks:
-        return [*reasons, f"cuda: W_hh of {size} does not fit the registers of 16 blocks"]
-    if device.type == "cuda":
-        found = torch.cuda.get_device_capability(device)
-        needed = _CLUSTERS if blocks > 1 else _LEAST_CAPABILITY
-        if found < needed:
-            told = [".".join(map(str, capability)) for capability in (needed, found)]
-            reasons.append(f"cuda: {size} needs compute capability {told[0]} or above, {device} has {told[1]}")
-        kib = _cuda.shared_bytes(cell, _name(dtype), hidden_size) >> 10
-        has = torch.cuda.get_device_properties(device).shared_memory_per_block_optin >> 10
-        if kib >= has:
-            reasons.append(f"cuda: {size} needs {kib + 1} KiB of shared memory a block, {device} has {has}")
+    if not _cuda.blocks(hidden_size, _name(dtype)):
+        return [*reasons, f"cuda: W_hh of {size} does not fit the registers of any number of blocks"]
+    if device.type == _cuda.device:
+        chip = _chip(device)
+        if chip.capability < _LEAST_CAPABILITY:
+            told = ".".join(map(str, chip.capability))
+            reasons.append(f"cuda: needs compute capability 8.0 or above, {device} has {told}")
+        elif not group(cell, _name(dtype), hidden_size, chip):
+            has = f"{chip.processors} multiprocessors with {chip.shared >> 10} KiB"
+            reasons.append(f"cuda: {cell} of {size} fits no group of blocks of {device}, which has {has}")
     return reasons
 
 
@@ -54,9 +84,22 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _blocks(hidden: int, dtype: torch.dtype) -> int:
-    """Blocks of a cluster, which share W_hh; 0 if no cluster holds it."""
-    return _cuda.cluster(hidden, _name(dtype))
+def _chip(device: torch.device) -> Chip:
+    found = torch.cuda.get_device_properties(device)
+    return Chip((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
+@functools.lru_cache(1024)
+def group(cell: str, dtype: str, hidden: int, chip: Chip) -> Group | None:
+    """The smallest cluster whose blocks hold W_hh in their registers and all else in their shared memory; or, where no
+    cluster does, the smallest group with a mailbox; None if that does not fit either."""
+    fewest = _cuda.blocks(hidden, dtype)
+    clusters = [Group(blocks, False) for blocks in (1, 2, 4, 8, 16) if fewest <= blocks <= chip.largest_cluster]
+    others = [Group(blocks, True) for blocks in (fewest, 2 * fewest) if blocks > 1]
+    for found in clusters + others:
+        if found.blocks <= chip.processors and _cuda.shared_bytes(cell, dtype, hidden, *found) <= chip.shared:
+            return found
+    return None
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -160,19 +203,24 @@ def backward(
     gpu.fill_projected(dx_proj, x, w_ih, dx, dw_ih, db_ih)
 
 
-def cluster_sizes(device: torch.device) -> list[int]:
-    """Blocks that a device can make work together; none where it or the extension is not there."""
+def groups(device: torch.device) -> list[Group]:
+    """Some that a device can run, small and large; none where it or the extension is not there."""
     if why_not(cell="gru", dtype=torch.float32, device=device, hidden_size=16):
         return []
-    alone = device.type == "cuda" and torch.cuda.get_device_capability(device) < _CLUSTERS
-    return [1] if alone else [1, 2, 4, 8, 16]
+    chip = _chip(device)
+    clusters = [Group(blocks, False) for blocks in (1, 2, 4, 8, 16) if blocks <= chip.largest_cluster]
+    return clusters + [Group(blocks, True) for blocks in (2, 16, chip.processors) if blocks <= chip.processors]
 
 
-def barriers(count: int, blocks: int, x: Tensor) -> None:
-    """Start so many barriers, one behind the other, of a block or of a cluster, on the device of x: what a step takes
-    at least."""
+def barriers(count: int, of: Group, x: Tensor) -> None:
+    """Start so many barriers of a group, one behind the other, on the device of x: what a step takes at least."""
+    arrived = _arrived(of.blocks, x) if of.mailbox else None
     with torch.cuda.device_of(x):
-        _cuda.barriers(count, blocks, _stream(x.device))
+        _cuda.barriers(count, of.blocks, _address(arrived), _stream(x.device))
+
+
+def _arrived(blocks: int, x: Tensor) -> Tensor:
+    return torch.zeros(blocks, dtype=torch.int32, device=x.device)
 
 
 def _pair(states: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -181,18 +229,29 @@ def _pair(states: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 def _launch(kernel: str, call: Call, longest: int, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
     """Run the tiles of a pass, whose spans have up to so many steps."""
-    blocks = _blocks(call.H, x.dtype)
-    tiles = torch.cuda.get_device_properties(x.device).multi_processor_count // blocks if x.is_cuda else 1
-    plan = gpu.plan(call.T, call.B, call.K, longest, _cuda.rows, tiles)
+    chip = _chip(x.device)
+    size = call.cell, _name(x.dtype), call.H
+    blocks, with_mailbox = group(*size, chip)
+    plan = gpu.plan(call.T, call.B, call.K, longest, _cuda.rows, chip.processors // blocks)
+    count = min(chip.processors // blocks, -(-call.B // plan.sequences))
+    mailbox = arrived = None
+    if with_mailbox:
+        mailbox = torch.empty(count * _cuda.mailbox_bytes(*size, blocks), dtype=torch.uint8, device=x.device)
+        arrived = _arrived(count * blocks, x)
     tf32 = torch.get_float32_matmul_precision() != "highest"
-    _run(kernel, call.cell, x, (call.T, call.B, call.K, call.H, call.S, *plan, blocks, int(tf32)), tensors)
+    numbers = call.T, call.B, call.K, call.H, call.S, *plan, count, blocks, int(tf32)
+    _run(kernel, call.cell, x, numbers, (mailbox, arrived, *tensors))
 
 
 def _run(kernel: str, cell: str, x: Tensor, numbers: Sequence[int], tensors: Sequence[Tensor | None]) -> None:
     """Start a kernel on the current stream of a device."""
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
+    addresses = [*map(_address, tensors)]
     with torch.cuda.device_of(x):
         getattr(_cuda, kernel)(cell, _name(x.dtype), numbers, addresses, _stream(x.device))
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _stream(device: torch.device) -> int:

@@ -13,7 +13,7 @@ import cuda_on_host
 import pytest
 import torch
 
-from sire_fast import cpu, cuda
+from sire_fast import cpu
 
 # Triton reads it when kernels are imported; outside the tests of that backend it would make "auto" choose it
 os.environ["TRITON_INTERPRET"] = "1"
@@ -60,7 +60,7 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if parameters and "triton" in parameters:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     if parameters and "cuda" in parameters:
-        monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("host_build"))
+        cuda_on_host.use(request.getfixturevalue("host_build"), 1, monkeypatch.setattr)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

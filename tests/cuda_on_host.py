@@ -6,11 +6,14 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
+
+from sire_fast import cuda
+from sire_fast.cuda import Chip
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -25,6 +28,12 @@ def build(folder: Path, extra: Sequence[str] = ("-O1", "-Werror")) -> Path:
     command = [os.environ.get("CXX", "g++"), *FLAGS, *extra, *includes, "-x", "c++", *sources, "-o", target]
     subprocess.run(command, check=True)
     return target
+
+
+def use(module: ModuleType, processors: int, set_: Callable[[object, str, object], None] = setattr) -> None:
+    """Make the backend run its kernels in a module of `load`, as on a Hopper GPU with so many multiprocessors."""
+    set_(cuda, "_cuda", module)
+    set_(cuda, "_chip", lambda _: Chip((9, 0), processors, 227 << 10))
 
 
 def load(path: Path) -> ModuleType:

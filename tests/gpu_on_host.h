@@ -2,18 +2,22 @@
 // what the kernels compute, and where they read and write, can be tested without a GPU, under
 // AddressSanitizer too.
 //
-// Clusters run one after the other, all blocks of one together. Memory is handed out full of NaN and exactly
-// as large as asked for. What is copied asynchronously arrives when it is waited for, no sooner. A barrier
-// that some threads do not reach is an error.
+// Clusters run one after the other, the blocks of one, or of a cooperative grid, together, in an order that
+// changes: whole blocks, or warps of them, as far as they come before the next. Memory is handed out full of
+// NaN and exactly as large as asked for. What is copied asynchronously arrives when it is waited for, no
+// sooner. A barrier that some threads do not reach is an error.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -89,6 +93,7 @@ struct Block {
   std::unique_ptr<char[]> shared;
   Barrier barrier;
   std::vector<Warp> warps;
+  int running;  // threads that have begun and not ended
 };
 
 struct Copy {
@@ -115,8 +120,9 @@ struct Machine {
   const void* host_stack;
   size_t host_stack_size;
   Fiber* current;
+  std::exception_ptr error;
   int threads;
-  int64_t progress;  // barriers that have opened and fibers that have ended
+  int64_t progress;  // barriers that have opened, counts that were published and fibers that have ended
 };
 inline Machine machine;
 #ifdef __SANITIZE_ADDRESS__
@@ -136,6 +142,7 @@ inline void run(Fiber& fiber) {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(own, nullptr, nullptr);
 #endif
+  if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
 }
 
 inline void leave(Fiber& fiber) {
@@ -154,7 +161,13 @@ inline void begin() {
 #ifdef __SANITIZE_ADDRESS__
   __sanitizer_finish_switch_fiber(nullptr, &machine.host_stack, &machine.host_stack_size);
 #endif
-  machine.kernel();
+  ++fiber.block->running;
+  try {
+    machine.kernel();
+  } catch (...) {
+    machine.error = std::current_exception();
+  }
+  --fiber.block->running;
   fiber.done = true;
   ++machine.progress;
   leave(fiber);
@@ -174,7 +187,7 @@ inline void run_cluster(int first_block, int cluster, size_t shared) {
   machine.blocks.clear();
   machine.cluster = std::make_unique<Barrier>(cluster * machine.threads);
   for (int rank = 0; rank < cluster; ++rank) {
-    Block block{first_block + rank, rank, std::make_unique<char[]>(shared), Barrier(machine.threads), {}};
+    Block block{first_block + rank, rank, std::make_unique<char[]>(shared), Barrier(machine.threads), {}, 0};
     std::memset(block.shared.get(), 0xff, shared);
     block.warps.resize(size_t(machine.threads) / 32);
     machine.blocks.push_back(std::move(block));
@@ -192,16 +205,24 @@ inline void run_cluster(int first_block, int cluster, size_t shared) {
     fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, begin, 0);
   }
-  for (size_t left = machine.fibers.size(); left;) {
-    const int64_t before = machine.progress;
-    left = 0;
-    for (Fiber& fiber : machine.fibers) {
-      if (!fiber.done) run(fiber);
-      left += !fiber.done;
-    }
-    if (left && machine.progress == before)
-      throw std::runtime_error("gpu_on_host: a barrier that some threads do not reach");
+  // whole blocks, and single warps, in any order
+  std::vector<std::pair<int, int>> units;
+  for (int first = 0; first < cluster * machine.threads; first += 32) units.push_back({first, first + 32});
+  for (int rank = 0; rank < cluster; ++rank)
+    units.push_back({rank * machine.threads, (rank + 1) * machine.threads});
+  std::minstd_rand random;
+  for (int64_t before = -1; before != machine.progress;) {
+    before = machine.progress;
+    std::shuffle(units.begin(), units.end(), random);
+    for (const auto& [first, end] : units)
+      for (int64_t once = -1; once != machine.progress;) {
+        once = machine.progress;
+        for (int n = first; n < end; ++n)
+          if (!machine.fibers[size_t(n)].done) run(machine.fibers[size_t(n)]);
+      }
   }
+  for (const Fiber& fiber : machine.fibers)
+    if (!fiber.done) throw std::runtime_error("gpu_on_host: a barrier that some threads do not reach");
 }
 
 // ------------------------------------------------------------------ gpu.h
@@ -218,7 +239,18 @@ inline void cluster_barrier() { machine.cluster->wait(); }
 
 inline void store_to_peer(void* to, int rank, uint4 value) {
   const int64_t offset = static_cast<char*>(to) - shared_memory();
-  std::memcpy(machine.blocks[size_t(rank)].shared.get() + offset, &value, 16);
+  const Block& peer = machine.blocks[size_t(rank)];
+  if (!peer.running)
+    throw std::runtime_error("gpu_on_host: a block that has not begun, or has ended, is written to");
+  std::memcpy(peer.shared.get() + offset, &value, 16);
+}
+
+inline void publish(uint32_t* to, uint32_t count) {
+  *to = count;
+  ++machine.progress;
+}
+inline void wait_for(const uint32_t* from, uint32_t count) {
+  while (*from < count) leave(*machine.current);
 }
 
 inline void copy_async(void* to, const void* from) {
@@ -293,12 +325,21 @@ inline float exp(float x) { return std::exp(x); }
 inline float tanh(float x) { return std::tanh(x); }
 inline float reciprocal(float x) { return 1 / x; }
 
+struct Grid {
+  int64_t blocks;
+  int threads;
+  int64_t shared;
+  int cluster;
+  bool cooperative;
+};
+
 template <class Call>
-void launch(void (*kernel)(Call), int64_t blocks, int cluster, int threads, size_t shared, uintptr_t,
-            const Call& call) {
+void launch(void (*kernel)(Call), const Grid& grid, uintptr_t, const Call& call) {
   machine.kernel = [&] { kernel(call); };
-  machine.threads = threads;
-  for (int64_t block = 0; block < blocks; block += cluster) run_cluster(int(block), cluster, shared);
+  machine.threads = grid.threads;
+  const int together = grid.cooperative ? int(grid.blocks) : grid.cluster;
+  for (int64_t block = 0; block < grid.blocks; block += together)
+    run_cluster(int(block), together, size_t(grid.shared));
 }
 
 }  // namespace sire_fast::gpu

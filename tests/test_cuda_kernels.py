@@ -1,5 +1,5 @@
-"""The CUDA kernels on the CPU, where the operator's tests do not reach: clusters of blocks, plans of passes, memory;
-and what the compiler for GPUs makes of them."""
+"""The CUDA kernels on the CPU, where the operator's tests do not reach: groups of blocks, plans of passes, memory; and
+what the compiler for GPUs makes of them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from oracle import Case, assert_as_good_as_reference, cast, make, run
 
 from sire_fast import GRU, backends, cuda, gpu
 from sire_fast.cells import CELLS
+from sire_fast.cuda import Chip, Group
 from sire_fast.gpu import Plan
 from sire_fast.swaps import Adjacent
 
@@ -26,41 +27,58 @@ FLOAT, HALF = torch.float32, torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def host(monkeypatch: pytest.MonkeyPatch, host_build: ModuleType) -> ModuleType:
-    monkeypatch.setattr(cuda, "_cuda", host_build)
+    cuda_on_host.use(host_build, 64, monkeypatch.setattr)
     return host_build
 
 
+def groups_are(monkeypatch: pytest.MonkeyPatch, blocks: int, mailbox: bool) -> None:
+    monkeypatch.setattr(cuda, "group", lambda *_: Group(blocks, mailbox))
+    monkeypatch.setattr(cuda, "_chip", lambda _: Chip((9, 0), blocks, 0))  # one group at once
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
+@pytest.mark.parametrize("mailbox", [False, True])
 @pytest.mark.parametrize("blocks", [2, 4])
 @pytest.mark.parametrize("cell", CELLS)
 def test_blocks_that_share_the_units(
-    cell: str, blocks: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    cell: str, blocks: int, mailbox: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """H of three tiles of units: the last block has none, or has a part of one."""
-    monkeypatch.setattr(cuda, "_blocks", lambda *_: blocks)
+    groups_are(monkeypatch, blocks, mailbox)
     for case in (Case(cell, 6, 5, 37, 3, ragged=True), Case(cell, 5, 3, 40, 4, compare="swap", recompute=True)):
         assert_as_good_as_reference(cell, make(case), dtype, "cuda")
 
 
 @pytest.mark.parametrize(
-    ("cell", "hidden", "dtype", "blocks"),
-    [("gru", 130, FLOAT, 8), ("lstm", 128, FLOAT, 2), ("lstm", 256, HALF, 4), ("gru", 500, HALF, 16)],
+    ("cell", "hidden", "dtype", "capability", "group"),
+    [
+        ("gru", 130, FLOAT, 90, Group(8, False)),
+        ("lstm", 128, FLOAT, 90, Group(2, False)),
+        ("lstm", 256, HALF, 90, Group(4, False)),
+        ("gru", 500, HALF, 90, Group(16, False)),
+        ("gru", 500, HALF, 120, Group(16, True)),
+        ("gru", 300, FLOAT, 90, Group(19, True)),
+        ("lstm", 130, HALF, 80, Group(3, True)),
+        ("gru", 1024, HALF, 90, Group(64, True)),
+    ],
 )
 def test_sizes_that_one_block_does_not_hold(
-    cell: str, hidden: int, dtype: torch.dtype, blocks: int, host: ModuleType
+    cell: str, hidden: int, dtype: torch.dtype, capability: int, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert host.cluster(hidden, str(dtype).removeprefix("torch.")) == blocks
+    chip = Chip(divmod(capability, 10), 64, 227 << 10)
+    monkeypatch.setattr(cuda, "_chip", lambda _: chip)
+    assert cuda.group(cell, str(dtype).removeprefix("torch."), hidden, chip) == group
     assert_as_good_as_reference(cell, make(Case(cell, 2, 2, hidden, 1)), dtype, "cuda")
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize(("blocks", "mailbox"), [(1, False), (2, False), (2, True)])
 @pytest.mark.parametrize("chosen", [Plan(1, 0), Plan(3, 1), Plan(2, 4), Plan(1, 4)], ids=str)
-def test_any_plan_gives_the_same(chosen: Plan, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_plan_gives_the_same(chosen: Plan, blocks: int, mailbox: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Variants in lock step, behind it in one or more passes, or some here and some there."""
     monkeypatch.setattr(gpu, "plan", lambda *_: chosen)
-    monkeypatch.setattr(cuda, "_blocks", lambda *_: blocks)
+    groups_are(monkeypatch, blocks, mailbox)
     for cell in ("gru", "lstm"):
-        case = Case(cell, 6, 5, 18, 7 if chosen.sequences == 3 else 4, ragged=True)
+        case = Case(cell, 7, 5, 18, 7 if chosen.sequences == 3 else 4, ragged=True)
         assert_as_good_as_reference(cell, make(case), FLOAT, "cuda")
 
 
@@ -88,8 +106,8 @@ def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert backends.why_not("cuda", dtype=torch.float64, **call) == [
         "cuda: computes in float32, bfloat16 and float16, got torch.float64"
     ]
-    (reason,) = backends.why_not("cuda", dtype=FLOAT, **call | {"hidden_size": 257})
-    assert "W_hh of H=257 in float32 does not fit" in reason
+    (reason,) = backends.why_not("cuda", dtype=FLOAT, **call | {"hidden_size": 513})
+    assert "W_hh of H=513 in float32 does not fit" in reason
     assert backends.choose("auto", dtype=torch.float16, **call) == "reference"  # the others do not serve float16 here
     monkeypatch.setattr(cuda, "_cuda", None)
     assert "built where nvcc is found" in backends.why_not("cuda", dtype=FLOAT, **call)[0]
@@ -99,12 +117,8 @@ def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_auto_takes_what_was_measured(
     fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Properties:
-        shared_memory_per_block_optin = 227 << 10
-
     monkeypatch.setattr(host, "device", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
     monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
     layer = GRU(3, 100, swaps=Adjacent(1), device="meta")
     monkeypatch.setattr(GRU, "_call", layer._call | {"device": torch.device("cuda")})
@@ -113,25 +127,24 @@ def test_auto_takes_what_was_measured(
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_what_a_gpu_lacks(capability: tuple[int, int], host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        shared_memory_per_block_optin = 1024 * {7: 64, 8: 163, 9: 227}[capability[0]]
-
+    """On compute capability 8.0 the shared memory of one block is too small for an LSTM of H=128, and two share it."""
+    chip = Chip(capability, 108, 1024 * {7: 64, 8: 163, 9: 227}[capability[0]])
     monkeypatch.setattr(host, "device", "cuda")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    monkeypatch.setattr(cuda, "_chip", lambda _: chip)
 
     def reasons(cell: str, hidden: int) -> list[str]:
         return backends.why_not("cuda", cell=cell, dtype=HALF, device="cuda:0", hidden_size=hidden)
 
-    small, alone, together = reasons("gru", 64), reasons("lstm", 128), reasons("lstm", 256)
+    small, alone, large = reasons("gru", 64), reasons("lstm", 128), reasons("lstm", 1024)
     if capability == (9, 0):
-        assert small == alone == together == []
+        assert small == alone == large == []
     elif capability == (8, 0):
-        assert small == []
-        assert alone == ["cuda: H=128 in bfloat16 needs 170 KiB of shared memory a block, cuda:0 has 163"]
-        assert together == ["cuda: H=256 in bfloat16 needs compute capability 9.0 or above, cuda:0 has 8.0"]
+        assert small == alone == []
+        assert cuda.group("lstm", "bfloat16", 128, chip) == Group(2, True)
+        has = "108 multiprocessors with 163 KiB"
+        assert large == [f"cuda: lstm of H=1024 in bfloat16 fits no group of blocks of cuda:0, which has {has}"]
     else:
-        assert small == ["cuda: H=64 in bfloat16 needs compute capability 8.0 or above, cuda:0 has 7.5"]
+        assert small == ["cuda: needs compute capability 8.0 or above, cuda:0 has 7.5"]
 
 
 def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
@@ -141,9 +154,10 @@ def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
         "import os, pathlib, torch, cuda_on_host\n"
         "from oracle import Case, assert_as_good_as_reference, make\n"
         "from sire_fast import cuda\n"
-        "cuda._cuda = cuda_on_host.load(next(pathlib.Path(os.environ['BUILT']).glob('_cuda*')))\n"
+        "cuda_on_host.use(cuda_on_host.load(next(pathlib.Path(os.environ['BUILT']).glob('_cuda*'))), 2)\n"
         "for cell in ('rnn_tanh', 'gru', 'lstm'):\n"
-        "    for cuda._blocks in (lambda *_: 1, lambda *_: 2):\n"
+        "    for group in (cuda.Group(1, False), cuda.Group(2, False), cuda.Group(2, True)):\n"
+        "        cuda.group = lambda *_, group=group: group\n"
         "        case = Case(cell, 4, 3, 33, 3, ragged=True, recompute=True)\n"
         "        assert_as_good_as_reference(cell, make(case), torch.float32, 'cuda')\n"
     )
@@ -165,7 +179,9 @@ def test_a_barrier_that_some_threads_do_not_reach_is_found(tmp_path: Path) -> No
         '#include "gpu_on_host.h"\n'
         "using namespace sire_fast::gpu;\n"
         "void kernel(const int) { if (thread() < 32) barrier(); }\n"
-        "int main() { try { launch(kernel, 1, 1, 64, 0, 0, 0); } catch (const std::runtime_error&) { return 7; } }\n"
+        "int main() {\n"
+        "  try { launch(kernel, {1, 64, 0, 1, false}, 0, 0); } catch (const std::runtime_error&) { return 7; }\n"
+        "}\n"
     )
     program = tmp_path / "stuck"
     subprocess.run(["g++", "-std=c++17", f"-I{ROOT / 'tests'}", source, "-o", program], check=True)
