@@ -22,7 +22,7 @@ from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import Launch
 
-HIDDEN = (32, 64, 128, 256, 512)
+HIDDEN = (32, 64, 128, 256, 512, 1024)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STEPS, SEQUENCES, SWAPS = 256, 64, 8  # a step of it all is latency, as in most training
 ROUNDS, REPEAT = 7, 5
