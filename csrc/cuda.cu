@@ -48,13 +48,16 @@ SIRE_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; 
 
 // How the units of a layer and the sum over them are split.
 struct Split {
-  int tiles;   // of kUnits units, of a block
-  int sum;     // tiles of the sum
-  int splits;  // of the sum, between warps
+  int tiles;          // of kUnits units, of a block
+  int sum;            // tiles of the sum
+  int splits;         // of the sum, between warps
+  int tile_bits = 0;  // of numbers of tiles
   SIRE_HOST_DEVICE Split(int H, int blocks, int factors)
       : tiles(ceil_div(ceil_div(H, kUnits), blocks)),
         sum(ceil_div(H, kTileWords * factors)),
-        splits(ceil_div(sum, kSlots)) {}
+        splits(ceil_div(sum, kSlots)) {
+    while (1 << tile_bits < tiles) ++tile_bits;
+  }
   SIRE_HOST_DEVICE int warps() const { return tiles * splits; }
   SIRE_HOST_DEVICE int units() const { return kUnits * tiles; }
 };
@@ -67,9 +70,32 @@ struct Row {
   bool original, variant, moving;  // moving: a variant that is run
 };
 
+// A row in a step of the forward: what would be the same for all units is worked out once. Pointers to rows
+// of H values, null for what there is not.
+template <class Cell, class E>
+struct ForwardVisit {
+  bool running;
+  float* states[Cell::states];  // where the next states go, 0 where it is not running
+  float* ended[Cell::states];   // and those of a variant at its end
+  E* gates;
+  const E* inputs;  // of the step after this one
+};
+
+// And of the backward.
+template <class Cell, class E>
+struct BackwardVisit {
+  bool running, first, last;  // first: of a variant, whose gradients go to d_first
+  int ended, ends;            // variants that end here: the first in end_order, and how many
+  int started, starts;        // so for those that start
+  int64_t at;                 // of the gradients' row in their tensor
+  const E* gates;             // of the step before this one
+  const float* before[Cell::states];
+  const float* incoming[Cell::states];
+};
+
 // Where an original is in the lists of its variants' ends and starts.
 struct Cursor {
-  int n_ended, n_started;
+  int ended, started;
   int end, start;  // the next ones
 };
 
@@ -80,13 +106,15 @@ struct Shared {
   static constexpr int kOperands = kBackward ? Cell::gates : 1;  // factors of a row: of each gate, or h
   static constexpr int kStaged = kBackward ? Cell::saved : Cell::gates;
   static constexpr int kStagedStates = kBackward ? 2 * Cell::states : 0;  // s, d_states
+  using Visit = std::conditional_t<kBackward, BackwardVisit<Cell, E>, ForwardVisit<Cell, E>>;
 
   // of operands: a block that nobody writes to needs no second one if the warps wait for each other's parts
   // of the sum, and with that for the reading of the first
   int buffers;
   int operand_stride, staged_stride, state_stride;  // of rows
   Row* rows;                                        // (kRows)
-  Cursor* cursors;                                  // (tiles, kRows)
+  Cursor* cursors;                                  // (kRows)
+  Visit* visits;                                    // (2, kRows)
   float* sums;           // (splits - 1, tiles, gates, kTiles, 4, 32), what other warps have summed
   float* own;            // (states, kRows, units), states, or their gradients
   float* after;          // backward: (states, kRows, units), states after the step
@@ -107,7 +135,8 @@ struct Shared {
     staged_stride = split.units() + padding;
     state_stride = split.units() + 4;
     take(rows, kRows);
-    take(cursors, kBackward ? split.tiles * kRows : 0);
+    take(cursors, kBackward ? kRows : 0);
+    take(visits, 2 * kRows);
     take(sums, int64_t(split.splits - 1) * split.tiles * Cell::gates * kTiles * 128);
     take(own, Cell::states * kRows * state_stride);
     take(after, kBackward ? Cell::states * kRows * state_stride : 0);
@@ -126,9 +155,26 @@ SIRE_DEVICE void group_barrier(uint32_t* arrived, int rank, int blocks, uint32_t
   barrier();
 }
 
-using Sum = float[4];  // a thread's part of a product: two rows of each of two units
+using Sum = float[4];  // a thread's part of a product: of each of two units two rows
 
-// A thread's view of the tile that its block works on.
+// Neighbours in memory, moved together.
+template <class V>
+struct alignas(2 * sizeof(V)) Two {
+  V x[2];
+};
+
+template <class V>
+SIRE_DEVICE void load(float (&to)[2], const V* from) {
+  const Two<V> two = *reinterpret_cast<const Two<V>*>(from);
+  SIRE_EACH (e, 2) to[e] = float(two.x[e]);
+}
+template <class V>
+SIRE_DEVICE void store(V* to, const float (&from)[2]) {
+  *reinterpret_cast<Two<V>*>(to) = {V(from[0]), V(from[1])};
+}
+
+// A thread's view of the tile that its block works on. It takes the steps of two neighbouring units, u and
+// u + 1 of the block, for two rows of each tile of rows.
 template <class Cell, class E, bool kBackward>
 struct Tile {
   static constexpr int G = Cell::gates, STATES = Cell::states;
@@ -138,9 +184,10 @@ struct Tile {
   const int group, rank;
   const int unit0;                   // of the block
   const int warp, lane, tile, part;  // tile of units and part of the sum of this warp
-  uint32_t w[G][kSlots][4];          // W_hh, transposed in the backward
-  int first_sequence;                // of the rows
-  uint32_t exchanges = 0;            // through the mailbox
+  const int u, unit;
+  uint32_t w[G][kSlots][4];  // W_hh, transposed in the backward
+  int first_sequence;        // of the rows
+  uint32_t exchanges = 0;    // through the mailbox
 
   SIRE_DEVICE explicit Tile(const Pass& p)
       : p(p),
@@ -152,11 +199,25 @@ struct Tile {
         warp(thread() / 32),
         lane(thread() % 32),
         tile(warp % split.tiles),
-        part(warp / split.tiles) {
+        part(warp / split.tiles),
+        u(tile * kUnits + lane / 4 * 2),
+        unit(unit0 + u) {
     SIRE_EACH (g, G)
       SIRE_EACH (slot, kSlots)
         SIRE_EACH (r, 4) w[g][slot][r] = weight(g, slot, r);
     meet();  // nobody writes to a block that has not begun
+  }
+
+  SIRE_DEVICE uint32_t weight(int g, int slot, int r) const {
+    const int first = ((part * kSlots + slot) * kTileWords + lane % 4 + r / 2 * 4) * kFactors<E>;
+    const auto* w_hh = static_cast<const E*>(p.w_hh) + int64_t(g) * p.H * p.H;
+    float factors[kFactors<E>];
+    SIRE_EACH (n, kFactors<E>) {
+      const int k = first + n, of = unit + r % 2;
+      const int64_t at = kBackward ? int64_t(k) * p.H + of : int64_t(of) * p.H + k;
+      factors[n] = of < p.H && k < p.H ? float(w_hh[at]) : 0;
+    }
+    return word(factors, E());
   }
 
   // Calls body() for each tile of sequences of the group.
@@ -165,27 +226,25 @@ struct Tile {
     for (first_sequence = group * p.N; first_sequence < p.B; first_sequence += p.groups * p.N) body();
   }
 
-  SIRE_DEVICE uint32_t weight(int g, int slot, int r) const {
-    const int unit = unit0 + tile * kUnits + lane / 4 + r % 2 * 8;
-    const int first = ((part * kSlots + slot) * kTileWords + lane % 4 + r / 2 * 4) * kFactors<E>;
-    const auto* w_hh = static_cast<const E*>(p.w_hh) + int64_t(g) * p.H * p.H;
-    float factors[kFactors<E>];
-    SIRE_EACH (n, kFactors<E>) {
-      const int k = first + n;
-      const int64_t at = kBackward ? int64_t(k) * p.H + unit : int64_t(unit) * p.H + k;
-      factors[n] = unit < p.H && k < p.H ? float(w_hh[at]) : 0;
-    }
-    return word(factors, E());
+  // Calls body(n, c, row) for this thread's rows, whose sums are those at [n][..][c] and [n][..][c + 2].
+  template <class F>
+  SIRE_DEVICE void each_row(F body) const {
+    SIRE_EACH (n, kTiles)
+      SIRE_EACH (c, 2) body(n, c, n * kTile + lane % 4 * 2 + c);
   }
 
-  // Calls body(n, e, row, u) for this thread's rows and units unit0 + u, whose sums are those at [n][..][e].
-  template <class F>
-  SIRE_DEVICE void each(F body) const {
-    SIRE_EACH (n, kTiles) each_of(n, body);
+  // The values of a row of H for this thread's units, 0 where there are none.
+  SIRE_DEVICE void get(float (&to)[2], const float* row) const {
+    SIRE_EACH (e, 2) to[e] = unit + e < p.H ? row[unit + e] : 0;
   }
-  template <class F>
-  SIRE_DEVICE void each_of(int n, F body) const {
-    SIRE_EACH (e, 4) body(n, e, n * kTile + lane % 4 * 2 + e % 2, tile * kUnits + lane / 4 + e / 2 * 8);
+  template <class V>
+  SIRE_DEVICE void put(V* row, const float (&from)[2]) const {
+    if (p.H % 2)
+      SIRE_EACH (e, 2) {
+        if (unit + e < p.H) row[unit + e] = V(from[e]);
+      }
+    else if (unit < p.H)
+      store(row + unit, from);
   }
 
   // ---------------------------------------------------------------- rows
@@ -241,18 +300,20 @@ struct Tile {
     return t ? states[k] + original_row(r, t - 1) * p.H : p.start[k] + r.b * p.H;
   }
 
-  SIRE_DEVICE float& own(int k, int row, int u) const {
-    return shared.own[(k * kRows + row) * shared.state_stride + u];
+  SIRE_DEVICE auto& visit(int buffer, int row) const { return shared.visits[buffer * kRows + row]; }
+  // of this thread's units
+  SIRE_DEVICE float* own(int k, int row) const {
+    return shared.own + (k * kRows + row) * shared.state_stride + u;
   }
-  SIRE_DEVICE float& after(int k, int row, int u) const {
-    return shared.after[(k * kRows + row) * shared.state_stride + u];
+  SIRE_DEVICE float* after(int k, int row) const {
+    return shared.after + (k * kRows + row) * shared.state_stride + u;
   }
-  SIRE_DEVICE E& staged(int buffer, int field, int row, int u) const {
-    return shared.staged[((buffer * shared.kStaged + field) * kRows + row) * shared.staged_stride + u];
+  SIRE_DEVICE const E* staged(int buffer, int field, int row) const {
+    return shared.staged + ((buffer * shared.kStaged + field) * kRows + row) * shared.staged_stride + u;
   }
-  SIRE_DEVICE float& staged_state(int buffer, int field, int row, int u) const {
-    return shared
-        .staged_states[((buffer * shared.kStagedStates + field) * kRows + row) * shared.state_stride + u];
+  SIRE_DEVICE const float* staged_state(int buffer, int field, int row) const {
+    return shared.staged_states +
+           ((buffer * shared.kStagedStates + field) * kRows + row) * shared.state_stride + u;
   }
   // factors of a row of a product, for the units of all blocks
   SIRE_DEVICE E* operand(int buffer, int field, int row) const {
@@ -260,21 +321,34 @@ struct Tile {
     return shared.operand + ((at * shared.kOperands + field) * kRows + row) * shared.operand_stride;
   }
 
-  // Starts to copy, for each row, this block's units of source(row), of H values, or zeros if that is null.
-  template <class V, class Source>
+  // Calls body(row, u) for the pieces of 16 bytes of so many rows of this block's units: those from u on.
+  template <class V, class F>
+  SIRE_DEVICE void each_piece(int rows, F body) const {
+    constexpr int kPiece = 16 / int(sizeof(V));
+    const int shift = split.tile_bits + (kPiece == 4 ? 2 : 1), at = (thread() & ((1 << shift) - 1)) * kPiece;
+    if (at < split.units())
+      for (int row = thread() >> shift; row < rows; row += threads() >> shift) body(row, at);
+  }
+
+  // Starts to copy, for each row, this block's units of kFields rows of H values, the first of which is
+  // source(row). Where that is null, what was there stays.
+  template <int kFields, class V, class Source>
   SIRE_DEVICE void fetch(V* to, int stride, Source source) const {
     constexpr int kPiece = 16 / int(sizeof(V));
-    const int pieces = split.units() / kPiece;
-    for (int n = thread(); n < kRows * pieces; n += threads()) {
-      const int row = n / pieces, u = n % pieces * kPiece;
+    each_piece<V>(kRows, [&](int row, int at) {
       const V* from = source(row);
-      if (from) from += unit0 + u;
-      V* at = to + row * stride + u;
-      if (from && unit0 + u + kPiece <= p.H && reinterpret_cast<uintptr_t>(from) % 16 == 0)
-        copy_async(at, from);
-      else
-        for (int k = 0; k < kPiece; ++k) at[k] = from && unit0 + u + k < p.H ? from[k] : V(0.0f);
-    }
+      if (!from) return;
+      from += unit0 + at;
+      const bool whole =
+          unit0 + at + kPiece <= p.H && (reinterpret_cast<uintptr_t>(from) | p.H * sizeof(V)) % 16 == 0;
+      SIRE_EACH (field, kFields) {
+        V* piece = to + (field * kRows + row) * stride + at;
+        if (whole)
+          copy_async(piece, from + field * p.H);
+        else
+          for (int n = 0; n < kPiece; ++n) piece[n] = unit0 + at + n < p.H ? from[field * p.H + n] : V(0.0f);
+      }
+    });
   }
 
   // ---------------------------------------------------------------- product
@@ -282,19 +356,21 @@ struct Tile {
   // Adds the product of W_hh, or its transpose, with the operands to sums; those of the whole sum are the
   // warps' of part 0.
   SIRE_DEVICE void multiply(int buffer, Sum (&sums)[kTiles][G]) const {
-    const int q = lane % 4;
+    const auto* words =
+        reinterpret_cast<const uint32_t*>(operand(buffer, 0, lane / 16 * kTile + lane % kTile)) +
+        part * kSlots * kTileWords + lane / 8 % 2 * 4;
+    const int field_words = kRows * shared.operand_stride / kFactors<E>;
     SIRE_EACH (slot, kSlots) {
-      const int k = part * kSlots + slot;
-      if (k >= split.sum) break;
-      SIRE_EACH (n, kTiles)
-        SIRE_EACH (field, shared.kOperands) {
-          const auto* words = reinterpret_cast<const uint32_t*>(operand(buffer, field, n * kTile + lane / 4));
-          const uint32_t b[2] = {words[k * kTileWords + q], words[k * kTileWords + q + 4]};
+      if (part * kSlots + slot >= split.sum) break;
+      SIRE_EACH (field, shared.kOperands) {
+        uint32_t b[kTiles][2];
+        load_fragments(b, words + field * field_words + slot * kTileWords);
+        SIRE_EACH (n, kTiles)
           if constexpr (kBackward)
-            add(sums[n][field], w[field][slot], b);
+            add(sums[n][field], w[field][slot], b[n]);
           else
-            SIRE_EACH (g, G) add(sums[n][g], w[g][slot], b);
-        }
+            SIRE_EACH (g, G) add(sums[n][g], w[g][slot], b[n]);
+      }
     }
     if (split.splits == 1) return;
     const auto sum = [&](int of, int g, int n, int e) -> float& {
@@ -348,41 +424,41 @@ struct Tile {
     if (p.blocks > 1 && !p.mailbox) cluster_barrier();
   }
 
-  // Calls body(rank, row, u) for pieces of 16 bytes of the operands of the blocks that follow this one by
-  // first to last - 1: those of its units from u on.
-  template <class F>
-  SIRE_DEVICE void each_piece(int first, int last, F body) const {
-    constexpr int kPiece = 16 / int(sizeof(E));
-    const int pieces = split.units() / kPiece, of_block = shared.kOperands * kRows * pieces;
-    for (int n = first * of_block + thread(); n < last * of_block; n += threads())
-      body((rank + n / of_block) % p.blocks, n % of_block / pieces, n % pieces * kPiece);
-  }
-
   // Ends a step: as `meet`, and the operands of all blocks have come to this one.
   SIRE_DEVICE void exchange(int buffer) {
-    const auto in_shared = [&](int rank, int row, int u) {
-      return reinterpret_cast<uint4*>(operand(buffer, 0, row) + rank * split.units() + u);
-    };
-    if (p.blocks > 1) barrier();
-    if (p.mailbox) {
-      const int width = p.blocks * split.units(), half = shared.kOperands * kRows * width;
-      E* mailbox = static_cast<E*>(p.mailbox) + (group * 2 + exchanges % 2) * half;
-      const auto in_mailbox = [&](int rank, int row, int u) {
-        return reinterpret_cast<uint4*>(mailbox + row * width + rank * split.units() + u);
-      };
-      each_piece(0, 1,
-                 [&](int rank, int row, int u) { *in_mailbox(rank, row, u) = *in_shared(rank, row, u); });
-      group_barrier(p.arrived + group * p.blocks, rank, p.blocks, ++exchanges);
-      each_piece(1, p.blocks, [&](int rank, int row, int u) {
-        copy_async(in_shared(rank, row, u), in_mailbox(rank, row, u));
-      });
-    } else {
-      each_piece(1, p.blocks, [&](int peer, int row, int u) {
-        uint4* at = in_shared(rank, row, u);
-        store_to_peer(at, peer, *at);
-      });
+    if (p.blocks > 1) {
+      barrier();
+      p.mailbox ? exchange_in_mailbox(buffer) : exchange_in_cluster(buffer);
     }
     meet();
+  }
+
+  SIRE_DEVICE uint4* operand_piece(int buffer, int of_rank, int row, int at) const {
+    return reinterpret_cast<uint4*>(operand(buffer, 0, row) + of_rank * split.units() + at);
+  }
+
+  SIRE_DEVICE void exchange_in_cluster(int buffer) const {
+    each_piece<E>(shared.kOperands * kRows, [&](int row, int at) {
+      uint4* piece = operand_piece(buffer, rank, row, at);
+      for (int n = 1; n < p.blocks; ++n) store_to_peer(piece, (rank + n) % p.blocks, *piece);
+    });
+  }
+
+  SIRE_DEVICE void exchange_in_mailbox(int buffer) {
+    const int rows = shared.kOperands * kRows, width = p.blocks * split.units();
+    E* mailbox = static_cast<E*>(p.mailbox) + (group * 2 + exchanges % 2) * rows * width;
+    const auto mailed = [&](int of_rank, int row, int at) {
+      return reinterpret_cast<uint4*>(mailbox + row * width + of_rank * split.units() + at);
+    };
+    each_piece<E>(rows,
+                  [&](int row, int at) { *mailed(rank, row, at) = *operand_piece(buffer, rank, row, at); });
+    group_barrier(p.arrived + group * p.blocks, rank, p.blocks, ++exchanges);
+    each_piece<E>(rows, [&](int row, int at) {
+      for (int n = 1; n < p.blocks; ++n) {
+        const int peer = (rank + n) % p.blocks;
+        copy_async(operand_piece(buffer, peer, row, at), mailed(peer, row, at));
+      }
+    });
   }
 };
 
@@ -391,74 +467,93 @@ struct Tile {
 template <class Cell, class E>
 struct ForwardTile : Tile<Cell, E, false> {
   using Base = Tile<Cell, E, false>;
-  using Base::each, Base::exchange, Base::fetch, Base::live, Base::operand, Base::own, Base::p, Base::shared,
-      Base::staged, Base::unit0;
+  using Base::each_row, Base::exchange, Base::live, Base::operand, Base::original_row, Base::own, Base::p,
+      Base::put, Base::shared, Base::span_row, Base::staged, Base::u, Base::unit, Base::unit0, Base::visit;
   static constexpr int G = Cell::gates, STATES = Cell::states, KEPT = Cell::saved;
   const Forward& f;
 
   SIRE_DEVICE explicit ForwardTile(const Forward& f) : Base(f), f(f) {}
 
-  SIRE_DEVICE void fetch_inputs(int buffer, int tau) const {
-    SIRE_EACH (g, G)
-      fetch(&staged(buffer, g, 0, 0), shared.staged_stride, [&](int row) -> const E* {
-        const Row& r = shared.rows[row];
-        const int t = r.origin + tau, source = t == r.i ? r.j : t == r.j ? r.i : t;
-        if (!live(r) || t > r.stop) return nullptr;
-        return static_cast<const E*>(p.x) + (this->original_row(r, source) * G + g) * p.H;
-      });
+  SIRE_DEVICE const E* inputs(const Row& r, int t) const {
+    const int source = t == r.i ? r.j : t == r.j ? r.i : t;
+    if (!live(r) || t > r.stop) return nullptr;
+    return static_cast<const E*>(p.x) + original_row(r, source) * G * p.H;
+  }
+
+  SIRE_DEVICE void prepare(int buffer, int tau) const {
+    if (thread() >= kRows) return;
+    const Row& r = shared.rows[thread()];
+    const int t = r.origin + tau;
+    const bool running = live(r) && t <= r.stop, in_span = running && t >= r.i;
+    auto& to = visit(buffer, thread()) = {running, {}, {}, nullptr, inputs(r, t + 1)};
+    SIRE_EACH (k, STATES) {
+      if (r.original) to.states[k] = f.states[k] + original_row(r, t) * p.H;
+      if (in_span && f.spans) to.states[k] = f.spans + (span_row(r, t) * STATES + k) * p.H;
+      if (in_span && t == r.stop) to.ended[k] = f.variants[k] + r.v * p.H;
+    }
+    if (f.gates && (in_span || (r.original && running)))
+      to.gates = static_cast<E*>(f.gates) + this->gates_row(r, t) * KEPT * p.H;
+  }
+
+  template <class Source>
+  SIRE_DEVICE void fetch_inputs(int buffer, Source source) const {
+    this->template fetch<G>(shared.staged + buffer * G * kRows * shared.staged_stride, shared.staged_stride,
+                            source);
   }
 
   SIRE_DEVICE void begin() {
+    fetch_inputs(0, [&](int row) { return inputs(shared.rows[row], shared.rows[row].origin); });
+    prepare(0, 0);
     if (!this->part)
-      each([&](int, int, int row, int u) {
+      each_row([&](int, int, int row) {
         const Row& r = shared.rows[row];
-        const int unit = unit0 + u;
-        SIRE_EACH (k, STATES)
-          own(k, row, u) = live(r) && unit < p.H ? this->before(f.states, nullptr, r, r.origin, k)[unit] : 0;
-        operand(0, 0, row)[unit] = E(own(0, row, u));
+        SIRE_EACH (k, STATES) {
+          float s[2] = {};
+          if (live(r)) this->get(s, this->before(f.states, nullptr, r, r.origin, k));
+          store(own(k, row), s);
+          if (k == 0) store(operand(0, 0, row) + unit, s);
+        }
       });
-    fetch_inputs(0, 0);
     exchange(0);
-  }
-
-  // What a row's step leaves in memory.
-  SIRE_DEVICE void store(const Row& r, int t, int unit, const float* next, const float* kept) const {
-    const bool running = t <= r.stop, in_span = running && t >= r.i;
-    if (r.original)
-      SIRE_EACH (k, STATES) f.states[k][this->original_row(r, t) * p.H + unit] = running ? next[k] : 0;
-    if (in_span)
-      SIRE_EACH (k, STATES) {
-        if (f.spans) f.spans[(this->span_row(r, t) * STATES + k) * p.H + unit] = next[k];
-        if (t == r.stop) f.variants[k][r.v * p.H + unit] = next[k];
-      }
-    if (f.gates && (in_span || (r.original && running)))
-      SIRE_EACH (k, KEPT)
-        static_cast<E*>(f.gates)[(this->gates_row(r, t) * KEPT + k) * p.H + unit] = E(kept[k]);
   }
 
   SIRE_DEVICE void step(int tau, const float (&bias)[2][G]) {
     const int now = tau % 2;
-    fetch_inputs(1 - now, tau + 1);
-    Sum u[kTiles][G];
+    fetch_inputs(1 - now, [&](int row) { return visit(now, row).inputs; });
+    prepare(1 - now, tau + 1);
+    Sum sums[kTiles][G];
     SIRE_EACH (n, kTiles)
       SIRE_EACH (g, G)
-        SIRE_EACH (e, 4) u[n][g][e] = bias[e / 2][g];
-    this->multiply(now, u);
+        SIRE_EACH (e, 4) sums[n][g][e] = bias[e / 2][g];
+    this->multiply(now, sums);
     if (!this->part)
-      each([&](int n, int e, int row, int local) {
-        const Row& r = shared.rows[row];
-        const int t = r.origin + tau, unit = unit0 + local;
-        float x[G], v[G], s[STATES], next[STATES], kept[KEPT + 1];
-        SIRE_EACH (g, G) {
-          x[g] = float(staged(now, g, row, local));
-          v[g] = u[n][g][e];
+      each_row([&](int n, int c, int row) {
+        const auto& at = visit(now, row);
+        float s[STATES][2];
+        SIRE_EACH (k, STATES) load(s[k], own(k, row));
+        if (at.running) {
+          float x[G][2], kept[KEPT + 1][2];
+          SIRE_EACH (g, G) load(x[g], staged(now, g, row));
+          SIRE_EACH (e, 2) {
+            float of_x[G], of_u[G], of_s[STATES], next[STATES], of_kept[KEPT + 1];
+            SIRE_EACH (g, G) of_x[g] = x[g][e], of_u[g] = sums[n][g][c + 2 * e];
+            SIRE_EACH (k, STATES) of_s[k] = s[k][e];
+            Cell::template step<Math>(of_x, of_u, of_s, next, of_kept);
+            SIRE_EACH (k, STATES) s[k][e] = next[k];
+            SIRE_EACH (k, KEPT) kept[k][e] = of_kept[k];
+          }
+          SIRE_EACH (k, STATES) store(own(k, row), s[k]);
+          if (at.gates)
+            SIRE_EACH (k, KEPT) put(at.gates + k * p.H, kept[k]);
+          if (at.ended[0])
+            SIRE_EACH (k, STATES) put(at.ended[k], s[k]);
         }
-        SIRE_EACH (k, STATES) s[k] = own(k, row, local);
-        Cell::template step<Math>(x, v, s, next, kept);
-        if (live(r) && unit < p.H) store(r, t, unit, next, kept);
-        if (live(r) && t <= r.stop)
-          SIRE_EACH (k, STATES) own(k, row, local) = s[k] = next[k];
-        operand(1 - now, 0, row)[unit] = E(s[0]);
+        store(operand(1 - now, 0, row) + unit, s[0]);
+        if (at.states[0])
+          SIRE_EACH (k, STATES) {
+            if (!at.running) s[k][0] = s[k][1] = 0;
+            put(at.states[k], s[k]);
+          }
       });
     exchange(1 - now);
   }
@@ -466,14 +561,17 @@ struct ForwardTile : Tile<Cell, E, false> {
   // The last states, those of variants that exchange nothing, and the penalties.
   SIRE_DEVICE void finish() const {
     if (!this->part)
-      each([&](int, int, int row, int u) {
+      each_row([&](int, int, int row) {
         const Row& r = shared.rows[row];
-        const int unit = unit0 + u;
-        if (unit >= p.H) return;
         SIRE_EACH (k, STATES) {
-          if (r.original) f.last[k][r.b * p.H + unit] = own(k, row, u);
-          if (r.variant && !r.moving)
-            f.variants[k][r.v * p.H + unit] = f.states[k][this->original_row(r, r.stop) * p.H + unit];
+          float s[2];
+          if (r.original) {
+            load(s, own(k, row));
+            put(f.last[k] + r.b * p.H, s);
+          } else if (r.variant && !r.moving) {
+            this->get(s, f.states[k] + original_row(r, r.stop) * p.H);
+            put(f.variants[k] + r.v * p.H, s);
+          }
         }
       });
     if (this->rank) return;  // the barrier of the last step is behind all blocks' states
@@ -482,9 +580,8 @@ struct ForwardTile : Tile<Cell, E, false> {
       if (!r.variant) continue;
       float total = 0;
       if (r.moving)
-        for (int unit = this->lane; unit < p.H; unit += 32) {
-          const float d =
-              f.variants[0][r.v * p.H + unit] - f.states[0][this->original_row(r, r.stop) * p.H + unit];
+        for (int n = this->lane; n < p.H; n += 32) {
+          const float d = f.variants[0][r.v * p.H + n] - f.states[0][original_row(r, r.stop) * p.H + n];
           total += d * d;
         }
       total = warp_sum(total);
@@ -494,11 +591,10 @@ struct ForwardTile : Tile<Cell, E, false> {
 
   SIRE_DEVICE void run() {
     float bias[2][G];
-    SIRE_EACH (half, 2)
+    SIRE_EACH (e, 2)
       SIRE_EACH (g, G) {
-        const int unit = unit0 + this->tile * kUnits + this->lane / 4 + half * 8;
-        const bool has = p.b_hh && !this->part && unit < p.H;
-        bias[half][g] = has ? float(static_cast<const E*>(p.b_hh)[g * p.H + unit]) : 0;
+        const bool has = p.b_hh && !this->part && unit + e < p.H;
+        bias[e][g] = has ? float(static_cast<const E*>(p.b_hh)[g * p.H + unit + e]) : 0;
       }
     this->each_tile([&] {
       for (int pass = 0; pass < this->passes(); ++pass) {
@@ -523,175 +619,215 @@ forward_kernel(const Forward f) {
 template <class Cell, class E>
 struct BackwardTile : Tile<Cell, E, true> {
   using Base = Tile<Cell, E, true>;
-  using Base::after, Base::each, Base::exchange, Base::fetch, Base::live, Base::operand, Base::own, Base::p,
-      Base::shared, Base::staged, Base::staged_state, Base::unit0;
+  using Base::after, Base::each_row, Base::exchange, Base::get, Base::live, Base::operand, Base::original_row,
+      Base::own, Base::p, Base::put, Base::shared, Base::span_row, Base::staged_state, Base::unit,
+      Base::visit;
   static constexpr int G = Cell::gates, STATES = Cell::states, KEPT = Cell::saved, D = Cell::gradients;
   const Backward& g;
 
   SIRE_DEVICE explicit BackwardTile(const Backward& g) : Base(g), g(g) {}
 
-  // Gates of step t, the states before it, and the gradients that come from outside.
-  SIRE_DEVICE void fetch_step(int buffer, int tau) const {
-    const auto of_row = [&](int row, auto inside) {
-      const Row& r = shared.rows[row];
-      const int t = r.origin + tau;
-      using Pointer = decltype(inside(r, t));
-      return live(r) && tau >= 0 && (r.original || t >= r.i) ? inside(r, t) : Pointer(nullptr);
-    };
-    SIRE_EACH (k, KEPT)
-      fetch(&staged(buffer, k, 0, 0), shared.staged_stride, [&](int row) {
-        return of_row(row, [&](const Row& r, int t) -> const E* {
-          if (t > r.stop) return nullptr;
-          return static_cast<const E*>(g.gates) + (this->gates_row(r, t) * KEPT + k) * p.H;
-        });
-      });
-    SIRE_EACH (k, STATES) {
-      fetch(&staged_state(buffer, k, 0, 0), shared.state_stride, [&](int row) {
-        return of_row(row, [&](const Row& r, int t) -> const float* {
-          return t > r.stop + 1 ? nullptr : this->before(g.states, g.spans, r, t, k);
-        });
-      });
-      fetch(&staged_state(buffer, STATES + k, 0, 0), shared.state_stride, [&](int row) {
-        return of_row(row, [&](const Row& r, int t) -> const float* {
-          const bool has = g.d_states[k] && r.original && t <= r.stop;
-          return has ? g.d_states[k] + this->original_row(r, t) * p.H : nullptr;
-        });
-      });
-    }
-  }
-
-  SIRE_DEVICE void begin(int steps) {
-    if (!this->part)
-      each([&](int, int, int row, int u) {
-        const Row& r = shared.rows[row];
-        const int t = r.origin + steps, unit = unit0 + u;
-        const bool known = live(r) && unit < p.H && t <= r.stop + 1;
-        SIRE_EACH (k, STATES) {
-          own(k, row, u) = 0;
-          after(k, row, u) = known ? this->before(g.states, g.spans, r, t, k)[unit] : 0;
-        }
-      });
-    if (this->part == 0 && this->lane < kRows) {
-      const Row& r = shared.rows[this->lane];
-      cursor(this->lane) = {0, 0, next(r, g.end_times, 0), next(r, g.start_times, 0)};
-    }
-    fetch_step((steps - 1) % 2, steps - 1);
-    this->meet();
-  }
-
-  SIRE_DEVICE Cursor& cursor(int row) const { return shared.cursors[this->tile * kRows + row]; }
   SIRE_DEVICE int next(const Row& r, const int64_t* times, int n) const {
     return r.original && n < p.K ? int(times[r.b * p.K + n]) : -1;
   }
 
-  // 2 d_penalty (h_variant - h) where variant v ends, at the last row of its span
-  SIRE_DEVICE float pull(int64_t v, int64_t span_row, float h, int unit) const {
-    return 2 * g.d_penalty[v] * (g.spans[span_row * STATES * p.H + unit] - h);
+  // Once for each step, the last one first.
+  SIRE_DEVICE void prepare(int buffer, int tau) const {
+    if (thread() >= kRows) return;
+    const Row& r = shared.rows[thread()];
+    Cursor& cursor = shared.cursors[thread()];
+    const int t = r.origin + tau, earlier = t - 1;
+    auto& to = visit(buffer, thread()) = {};
+    to.running = live(r) && t <= r.stop && (r.original || t >= r.i);
+    to.first = t == r.i;
+    to.last = t == r.stop;
+    to.at = original_row(r, t) * G * p.H;
+    if (!r.original) to.at = to.first ? r.v * (D + STATES) * p.H : span_row(r, t) * D * p.H;
+    to.ended = cursor.ended;
+    to.started = cursor.started;
+    for (; cursor.end == t; cursor.end = next(r, g.end_times, cursor.ended)) ++cursor.ended;
+    for (; cursor.start == t; cursor.start = next(r, g.start_times, cursor.started)) ++cursor.started;
+    to.ends = cursor.ended - to.ended;
+    to.starts = cursor.started - to.started;
+    if (!live(r) || tau == 0 || (r.variant && earlier < r.i) || earlier > r.stop + 1) return;
+    const bool running = earlier <= r.stop;
+    if (running) to.gates = static_cast<const E*>(g.gates) + this->gates_row(r, earlier) * KEPT * p.H;
+    SIRE_EACH (k, STATES) {
+      to.before[k] = this->before(g.states, g.spans, r, earlier, k);
+      if (running && r.original && g.d_states[k])
+        to.incoming[k] = g.d_states[k] + original_row(r, earlier) * p.H;
+    }
   }
 
-  // Adds the gradients of variants that end at an original's step.
-  SIRE_DEVICE void add_ends(const Row& r, int t, int unit, const Cursor& at, float h, float* d) const {
-    for (int n = at.n_ended, when = at.end; when == t; when = next(r, g.end_times, ++n)) {
+  // Gates of the step before that of a visit, the states before it, and the gradients that come from outside.
+  SIRE_DEVICE void fetch_step(int buffer, int visits) const {
+    this->template fetch<KEPT>(shared.staged + buffer * KEPT * kRows * shared.staged_stride,
+                               shared.staged_stride, [&](int row) { return visit(visits, row).gates; });
+    const int stride = shared.state_stride, field = kRows * stride;
+    float* to = shared.staged_states + buffer * 2 * STATES * field;
+    SIRE_EACH (k, STATES) {
+      this->template fetch<1>(to + k * field, stride, [&](int row) { return visit(visits, row).before[k]; });
+      this->template fetch<1>(to + (STATES + k) * field, stride,
+                              [&](int row) { return visit(visits, row).incoming[k]; });
+    }
+  }
+
+  SIRE_DEVICE void begin(int steps) {
+    if (thread() < kRows) {
+      const Row& r = shared.rows[thread()];
+      shared.cursors[thread()] = {0, 0, next(r, g.end_times, 0), next(r, g.start_times, 0)};
+    }
+    prepare(steps % 2, steps);
+    prepare((steps - 1) % 2, steps - 1);
+    if (!this->part)
+      each_row([&](int, int, int row) {
+        const Row& r = shared.rows[row];
+        const int t = r.origin + steps;
+        SIRE_EACH (k, STATES) {
+          float s[2] = {};
+          store(own(k, row), s);
+          if (live(r) && t <= r.stop + 1) get(s, this->before(g.states, g.spans, r, t, k));
+          store(after(k, row), s);
+        }
+      });
+    barrier();
+    fetch_step((steps - 1) % 2, steps % 2);
+    this->meet();
+  }
+
+  // Adds to d 2 d_penalty (h_variant - h) times sign where variant v ends, at the last row of its span.
+  SIRE_DEVICE void add_pull(float (&d)[2], float sign, int64_t v, int64_t span_row,
+                            const float (&h)[2]) const {
+    float of_variant[2];
+    get(of_variant, g.spans + span_row * STATES * p.H);
+    SIRE_EACH (e, 2) d[e] += sign * 2 * g.d_penalty[v] * (of_variant[e] - h[e]);
+  }
+
+  SIRE_DEVICE void add(float (&to)[2], const float* row) const {
+    float x[2];
+    get(x, row);
+    SIRE_EACH (e, 2) to[e] += x[e];
+  }
+
+  // Adds what the results at the end of a row have for gradients.
+  SIRE_DEVICE void add_last(float (&d)[STATES][2], const Row& r) const {
+    SIRE_EACH (k, STATES) {
+      if (r.original && g.d_last[k]) add(d[k], g.d_last[k] + r.b * p.H);
+      if (r.variant && g.d_variants[k]) add(d[k], g.d_variants[k] + r.v * p.H);
+    }
+    if (r.original || !g.d_penalty) return;
+    float h[2];
+    get(h, g.states[0] + original_row(r, r.stop) * p.H);
+    add_pull(d[0], 1, r.v, span_row(r, r.stop), h);
+  }
+
+  // Adds the gradients of variants that end at an original's step t, behind which its h is given.
+  SIRE_DEVICE void add_ends(float (&d)[STATES][2], const Row& r, int t, int first, int count,
+                            const float (&h)[2]) const {
+    for (int n = first; n < first + count; ++n) {
       const int64_t v = r.b * p.K + g.end_order[r.b * p.K + n];
       const int64_t i = g.swaps[2 * v];
-      if (i < g.swaps[2 * v + 1]) {
-        if (g.d_penalty) d[0] -= pull(v, v * p.S + t - i, h, unit);
-      } else {
+      if (i == g.swaps[2 * v + 1]) {
         SIRE_EACH (k, STATES)
-          if (g.d_variants[k]) d[k] += g.d_variants[k][v * p.H + unit];
+          if (g.d_variants[k]) add(d[k], g.d_variants[k] + v * p.H);
+      } else if (g.d_penalty) {
+        add_pull(d[0], -1, v, v * p.S + t - i, h);
       }
     }
   }
 
   // Adds what variants that start at an original's step owe to it.
-  SIRE_DEVICE void add_starts(const Row& r, int t, int unit, const Cursor& at, float* du, float* ds) const {
-    for (int n = at.n_started, when = at.start; when == t; when = next(r, g.start_times, ++n)) {
-      const float* owed = first(r.b * p.K + g.start_order[r.b * p.K + n], unit);
-      SIRE_EACH (k, G) du[k] += owed[k * p.H];
-      SIRE_EACH (k, STATES) ds[k] += owed[(D + k) * p.H];
+  SIRE_DEVICE void add_starts(float (&du)[G][2], float (&ds)[STATES][2], const Row& r, int first,
+                              int count) const {
+    for (int n = first; n < first + count; ++n) {
+      const int64_t v = r.b * p.K + g.start_order[r.b * p.K + n];
+      const float* owed = g.d_first + v * (D + STATES) * p.H;
+      SIRE_EACH (k, G) add(du[k], owed + k * p.H);
+      SIRE_EACH (k, STATES) add(ds[k], owed + (D + k) * p.H);
     }
   }
 
-  SIRE_DEVICE float* first(int64_t v, int unit) const { return g.d_first + v * (D + STATES) * p.H + unit; }
-
-  // A row's step for one unit: leaves du in the operands, and in `own` what of the gradient of the states
-  // before it does not go through the product.
-  SIRE_DEVICE void step_unit(int now, int tau, int row, int u) const {
+  // Leaves du in the operands, and in `own` what of the gradient of the states before the step does not go
+  // through the product.
+  SIRE_DEVICE void step_row(int now, int tau, int row) const {
     const Row& r = shared.rows[row];
-    const int t = r.origin + tau, unit = unit0 + u;
-    const bool running = live(r) && t <= r.stop && (r.original || t >= r.i) && unit < p.H;
-    const bool starts = !r.original && t == r.i;
-    float d[STATES], s[STATES], next[STATES], kept[KEPT + 1], dx[G] = {}, du[G] = {}, ds[STATES] = {};
+    const auto& at = visit(now, row);
+    float s[STATES][2], next[STATES][2], dx[G][2] = {}, du[G][2] = {}, ds[STATES][2] = {};
     SIRE_EACH (k, STATES) {
-      s[k] = staged_state(now, k, row, u);
-      next[k] = after(k, row, u);
-      d[k] = own(k, row, u) + staged_state(now, STATES + k, row, u);
-      after(k, row, u) = s[k];
+      load(s[k], staged_state(now, k, row));
+      load(next[k], after(k, row));
+      store(after(k, row), s[k]);
     }
-    SIRE_EACH (k, KEPT) kept[k] = float(staged(now, k, row, u));
-    if (running) {
-      if (t == r.stop)
-        SIRE_EACH (k, STATES) {
-          const float* from = r.original ? g.d_last[k] : g.d_variants[k];
-          if (from) d[k] += from[(r.original ? r.b : r.v) * p.H + unit];
-        }
-      if (r.original) {
-        add_ends(r, t, unit, cursor(row), next[0], d);
-      } else if (t == r.stop && g.d_penalty) {
-        d[0] += pull(r.v, this->span_row(r, t), g.states[0][this->original_row(r, t) * p.H + unit], unit);
+    if (at.running) {
+      float d[STATES][2], kept[KEPT + 1][2];
+      SIRE_EACH (k, STATES) {
+        load(d[k], own(k, row));
+        float incoming[2];
+        load(incoming, staged_state(now, STATES + k, row));
+        if (r.original && g.d_states[k])
+          SIRE_EACH (e, 2) d[k][e] += incoming[e];
       }
-      Cell::template step_backward<Math>(d, s, next, kept, dx, du, ds);
-      if (r.original) add_starts(r, t, unit, cursor(row), du, ds);
+      SIRE_EACH (k, KEPT) load(kept[k], this->staged(now, k, row));
+      if (at.last) add_last(d, r);
+      if (at.ends) add_ends(d, r, r.origin + tau, at.ended, at.ends, next[0]);
+      SIRE_EACH (e, 2) {
+        float of_d[STATES], of_s[STATES], of_next[STATES], of_kept[KEPT + 1], of_dx[G], of_du[G],
+            of_ds[STATES];
+        SIRE_EACH (k, STATES) of_d[k] = d[k][e], of_s[k] = s[k][e], of_next[k] = next[k][e];
+        SIRE_EACH (k, KEPT) of_kept[k] = kept[k][e];
+        Cell::template step_backward<Math>(of_d, of_s, of_next, of_kept, of_dx, of_du, of_ds);
+        SIRE_EACH (k, G) dx[k][e] = of_dx[k], du[k][e] = of_du[k];
+        SIRE_EACH (k, STATES) ds[k][e] = of_ds[k];
+      }
+      if (at.starts) add_starts(du, ds, r, at.started, at.starts);
     }
-    if (r.original && unit < p.H) {
-      const int64_t at = this->original_row(r, t) * G * p.H + unit;
+    const auto gradient = [&](int k) -> const float (&)[2] { return k < G ? du[k] : dx[G - 1]; };
+    if (r.original) {
       SIRE_EACH (k, G) {
-        static_cast<E*>(g.dx)[at + k * p.H] = E(dx[k]);
-        static_cast<E*>(g.du)[at + k * p.H] = E(du[k]);
+        put(static_cast<E*>(g.dx) + at.at + k * p.H, dx[k]);
+        put(static_cast<E*>(g.du) + at.at + k * p.H, du[k]);
       }
-    } else if (running) {
-      const auto gradient = [&](int k) { return k < G ? du[k] : dx[G - 1]; };
-      if (starts) {
-        SIRE_EACH (k, D) first(r.v, unit)[k * p.H] = gradient(k);
-        SIRE_EACH (k, STATES) first(r.v, unit)[(D + k) * p.H] = ds[k];
-      } else {
-        E* to = static_cast<E*>(g.d_spans) + this->span_row(r, t) * D * p.H + unit;
-        SIRE_EACH (k, D) to[k * p.H] = E(gradient(k));
+    } else if (at.running && at.first) {
+      SIRE_EACH (k, D) put(g.d_first + at.at + k * p.H, gradient(k));
+      SIRE_EACH (k, STATES) put(g.d_first + at.at + (D + k) * p.H, ds[k]);
+      SIRE_EACH (e, 2) {  // nothing goes on
+        SIRE_EACH (k, G) du[k][e] = 0;
+        SIRE_EACH (k, STATES) ds[k][e] = 0;
       }
+    } else if (at.running) {
+      SIRE_EACH (k, D) put(static_cast<E*>(g.d_spans) + at.at + k * p.H, gradient(k));
     }
-    const bool goes_on = running && !starts;
-    SIRE_EACH (k, G) operand(now, k, row)[unit] = E(goes_on ? du[k] : 0);
-    SIRE_EACH (k, STATES) own(k, row, u) = goes_on ? ds[k] : 0;
+    SIRE_EACH (k, G) store(operand(now, k, row) + unit, du[k]);
+    SIRE_EACH (k, STATES) store(own(k, row), ds[k]);
   }
 
   SIRE_DEVICE void step(int tau) {
     const int now = tau % 2;
-    fetch_step(1 - now, tau - 1);
+    fetch_step(1 - now, now);
+    if (tau) prepare(1 - now, tau - 1);
     if (!this->part) {
       // originals take what variants have left them in this step
       SIRE_ROLLED
-      for (int turn = 0; turn < 2 * kTiles; ++turn) {
-        this->each_of(turn % kTiles, [&](int, int, int row, int u) {
-          if (shared.rows[row].original == (turn >= kTiles)) step_unit(now, tau, row, u);
-        });
+      for (int turn = 0; turn < 2; ++turn) {
+        SIRE_ROLLED
+        for (int n = 0; n < 2 * kTiles; ++n) {
+          const int row = n / 2 * kTile + this->lane % 4 * 2 + n % 2;
+          if (shared.rows[row].original == bool(turn)) step_row(now, tau, row);
+        }
         warp_barrier();
       }
-      if (this->lane < kRows) advance(this->lane, tau);
     }
     exchange(now);
     Sum sums[kTiles][G] = {};
     this->multiply(now, sums);
     if (!this->part)
-      each([&](int n, int e, int row, int u) {
-        SIRE_EACH (k, G) own(0, row, u) += sums[n][k][e];
+      each_row([&](int n, int c, int row) {
+        float d[2];
+        load(d, own(0, row));
+        SIRE_EACH (k, G)
+          SIRE_EACH (e, 2) d[e] += sums[n][k][c + 2 * e];
+        store(own(0, row), d);
       });
-  }
-
-  SIRE_DEVICE void advance(int row, int t) const {
-    const Row& r = shared.rows[row];
-    Cursor& at = cursor(row);
-    for (; at.end == t && t <= r.stop; at.end = next(r, g.end_times, at.n_ended)) ++at.n_ended;
-    for (; at.start == t && t <= r.stop; at.start = next(r, g.start_times, at.n_started)) ++at.n_started;
   }
 
   SIRE_DEVICE void run() {
@@ -709,10 +845,14 @@ struct BackwardTile : Tile<Cell, E, true> {
 
   SIRE_DEVICE void finish() const {
     if (!this->part)
-      each([&](int, int, int row, int u) {
+      each_row([&](int, int, int row) {
         const Row& r = shared.rows[row];
-        if (r.original && unit0 + u < p.H)
-          SIRE_EACH (k, STATES) g.d_start[k][r.b * p.H + unit0 + u] = own(k, row, u);
+        if (!r.original) return;
+        SIRE_EACH (k, STATES) {
+          float d[2];
+          load(d, own(k, row));
+          put(g.d_start[k] + r.b * p.H, d);
+        }
       });
   }
 };

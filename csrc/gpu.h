@@ -94,6 +94,16 @@ SIRE_DEVICE float to_tf32(float x) {
   return from_bits(rounded);
 }
 
+// Reads the words of b for two tiles of rows, see below, from shared memory. Lane l tells where the four
+// words begin that the lanes of row l % 8 get, of tile l / 16, from word 4 (l / 8 % 2) on. Source: PTX ISA,
+// "ldmatrix".
+SIRE_DEVICE void load_fragments(uint32_t (&b)[2][2], const uint32_t* words) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
+               : "r"(uint32_t(__cvta_generic_to_shared(words)))
+               : "memory");
+}
+
 // d += a b on the matrix unit of a warp, m16n8k16, or m16n8k8 in TF32: words of 32 bits hold two neighbouring
 // factors along the sum, or one. Lane 4 l + q holds of a the words (row l, word q), (l + 8, q), (l, q + 4)
 // and (l + 8, q + 4), of b those of column l, words q and q + 4, and of d the rows l, l, l + 8, l + 8 of

@@ -280,6 +280,17 @@ inline float warp_sum(float x) {
   return total;
 }
 
+inline void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::runtime_error("gpu_on_host: rows of fragments begin at multiples of 16 bytes");
+  auto* words = exchanged();
+  const int lane = thread() % 32;
+  std::memcpy(words[lane], from, 16);
+  warp_barrier();
+  for (int matrix = 0; matrix < 4; ++matrix)
+    b[matrix / 2][matrix % 2] = words[8 * matrix + lane / 4][lane % 4];
+}
+
 // The matrix unit reads 10 bits behind the point, and cuts its sums off to float32.
 inline float to_tf32(float x) { return from_bits((bits(x) + 0x1000) & 0xffffe000); }
 
