@@ -25,10 +25,30 @@ constexpr int kTileWords = 8;  // 32-bit words of a tile of the sum
 constexpr int kSlots = 8;      // tiles of the sum of which a warp holds weights
 constexpr int kWarps = 8;      // of a block, at most
 
+// Functions as exact as the factors of a product, of type E, are.
+template <class E>
 struct Math {
   using V = float;
-  static SIRE_DEVICE float sigmoid(float x) { return reciprocal(1 + gpu::exp(-x)); }
-  static SIRE_DEVICE float tanh(float x) { return gpu::tanh(x); }
+  static SIRE_DEVICE float exp(float x) {
+    if constexpr (std::is_same_v<E, float>)
+      return gpu::exp(x);
+    else
+      return exp2(1.44269504f * x);
+  }
+  static SIRE_DEVICE float sigmoid(float x) {
+    if constexpr (std::is_same_v<E, Bfloat16>)
+      return 0.5f + 0.5f * tanh(0.5f * x);
+    else
+      return reciprocal(1 + exp(-x));
+  }
+  static SIRE_DEVICE float tanh(float x) {
+    if constexpr (std::is_same_v<E, Bfloat16>)
+      return tanh_to_11_bits(x);
+    else if constexpr (std::is_same_v<E, Float16>)
+      return 1 - 2 * reciprocal(1 + exp(2 * x));
+    else
+      return gpu::tanh(x);
+  }
   static SIRE_DEVICE float relu(float x) { return x < 0 ? 0 : x; }  // a NaN stays one
   static SIRE_DEVICE float positive(float condition, float value) { return condition <= 0 ? 0 : value; }
 };
@@ -173,6 +193,25 @@ SIRE_DEVICE void store(V* to, const float (&from)[2]) {
   *reinterpret_cast<Two<V>*>(to) = {V(from[0]), V(from[1])};
 }
 
+// A thread's words of a factor of a product.
+template <class E, int N>
+struct Factors {
+  const uint32_t (&words)[N];
+  SIRE_DEVICE Factors(const uint32_t (&words)[N]) : words(words) {}
+};
+// A float32 is the sum of two TF32 numbers, up to its last bits.
+template <int N>
+struct Factors<float, N> {
+  uint32_t words[N], small[N];
+  SIRE_DEVICE Factors(const uint32_t (&of)[N]) {
+    SIRE_EACH (n, N) {
+      const float rounded = to_tf32(from_bits(of[n]));
+      words[n] = bits(rounded);
+      small[n] = bits(to_tf32(from_bits(of[n]) - rounded));
+    }
+  }
+};
+
 // A thread's view of the tile that its block works on. It takes the steps of two neighbouring units, u and
 // u + 1 of the block, for two rows of each tile of rows.
 template <class Cell, class E, bool kBackward>
@@ -237,14 +276,17 @@ struct Tile {
   SIRE_DEVICE void get(float (&to)[2], const float* row) const {
     SIRE_EACH (e, 2) to[e] = unit + e < p.H ? row[unit + e] : 0;
   }
-  template <class V>
-  SIRE_DEVICE void put(V* row, const float (&from)[2]) const {
-    if (p.H % 2)
-      SIRE_EACH (e, 2) {
-        if (unit + e < p.H) row[unit + e] = V(from[e]);
-      }
-    else if (unit < p.H)
-      store(row + unit, from);
+  // Stores so many rows of H, one behind the other.
+  template <int kCount, class V>
+  SIRE_DEVICE void put(V* rows, const float (*from)[2]) const {
+    if (unit >= p.H) return;
+    rows += unit;
+    if (p.H % 2 == 0)
+      SIRE_EACH (k, kCount) store(rows + k * p.H, from[k]);
+    else
+      SIRE_EACH (k, kCount)
+        SIRE_EACH (e, 2)
+          if (unit + e < p.H) rows[k * p.H + e] = V(from[k][e]);
   }
 
   // ---------------------------------------------------------------- rows
@@ -365,11 +407,12 @@ struct Tile {
       SIRE_EACH (field, shared.kOperands) {
         uint32_t b[kTiles][2];
         load_fragments(b, words + field * field_words + slot * kTileWords);
-        SIRE_EACH (n, kTiles)
-          if constexpr (kBackward)
-            add(sums[n][field], w[field][slot], b[n]);
-          else
-            SIRE_EACH (g, G) add(sums[n][g], w[g][slot], b[n]);
+        const Factors<E, 2> of_b[kTiles] = {b[0], b[1]};
+        SIRE_EACH (of_field, G / shared.kOperands) {  // one gate's, or all gates of h
+          const int gate = field + of_field;
+          const Factors<E, 4> of_a(w[gate][slot]);
+          SIRE_EACH (n, kTiles) add(sums[n][gate], of_a, of_b[n]);
+        }
       }
     }
     if (split.splits == 1) return;
@@ -388,32 +431,19 @@ struct Tile {
         each_sum([&](float& x, int g, int n, int e) { x += sum(of, g, n, e); });
   }
 
-  // Adds one tile's product. A float32 is the sum of two TF32 numbers, of which the product of the small ones
-  // is left out; the matrix unit cuts its sums off, so that these begin at 0 in each tile and are added with
-  // rounding.
-  SIRE_DEVICE void add(Sum& sum, const uint32_t (&a)[4], const uint32_t (&b)[2]) const {
+  // Adds one tile's product. That of the small parts of float32 is left out; the matrix unit cuts its sums
+  // off, so that these begin at 0 in each tile and are added with rounding.
+  SIRE_DEVICE void add(Sum& sum, const Factors<E, 4>& a, const Factors<E, 2>& b) const {
     if constexpr (sizeof(E) == 4) {
-      uint32_t high_a[4], low_a[4], high_b[2], low_b[2];
-      halve(a, high_a, low_a);
-      halve(b, high_b, low_b);
       Sum of_tile = {};
       if (!p.tf32) {
-        mma(of_tile, low_a, high_b, E());
-        mma(of_tile, high_a, low_b, E());
+        mma(of_tile, a.small, b.words, E());
+        mma(of_tile, a.words, b.small, E());
       }
-      mma(of_tile, high_a, high_b, E());
+      mma(of_tile, a.words, b.words, E());
       SIRE_EACH (e, 4) sum[e] += of_tile[e];
     } else {
-      mma(sum, a, b, E());
-    }
-  }
-
-  template <int N>
-  SIRE_DEVICE static void halve(const uint32_t (&x)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
-    SIRE_EACH (n, N) {
-      const float rounded = to_tf32(from_bits(x[n]));
-      high[n] = bits(rounded);
-      low[n] = bits(to_tf32(from_bits(x[n]) - rounded));
+      mma(sum, a.words, b.words, E());
     }
   }
 
@@ -528,7 +558,7 @@ struct ForwardTile : Tile<Cell, E, false> {
     this->multiply(now, sums);
     if (!this->part)
       each_row([&](int n, int c, int row) {
-        const auto& at = visit(now, row);
+        const auto at = visit(now, row);
         float s[STATES][2];
         SIRE_EACH (k, STATES) load(s[k], own(k, row));
         if (at.running) {
@@ -538,21 +568,20 @@ struct ForwardTile : Tile<Cell, E, false> {
             float of_x[G], of_u[G], of_s[STATES], next[STATES], of_kept[KEPT + 1];
             SIRE_EACH (g, G) of_x[g] = x[g][e], of_u[g] = sums[n][g][c + 2 * e];
             SIRE_EACH (k, STATES) of_s[k] = s[k][e];
-            Cell::template step<Math>(of_x, of_u, of_s, next, of_kept);
+            Cell::template step<Math<E>>(of_x, of_u, of_s, next, of_kept);
             SIRE_EACH (k, STATES) s[k][e] = next[k];
             SIRE_EACH (k, KEPT) kept[k][e] = of_kept[k];
           }
           SIRE_EACH (k, STATES) store(own(k, row), s[k]);
-          if (at.gates)
-            SIRE_EACH (k, KEPT) put(at.gates + k * p.H, kept[k]);
+          if (at.gates) this->template put<KEPT>(at.gates, kept);
           if (at.ended[0])
-            SIRE_EACH (k, STATES) put(at.ended[k], s[k]);
+            SIRE_EACH (k, STATES) this->template put<1>(at.ended[k], &s[k]);
         }
         store(operand(1 - now, 0, row) + unit, s[0]);
         if (at.states[0])
           SIRE_EACH (k, STATES) {
             if (!at.running) s[k][0] = s[k][1] = 0;
-            put(at.states[k], s[k]);
+            this->template put<1>(at.states[k], &s[k]);
           }
       });
     exchange(1 - now);
@@ -567,10 +596,10 @@ struct ForwardTile : Tile<Cell, E, false> {
           float s[2];
           if (r.original) {
             load(s, own(k, row));
-            put(f.last[k] + r.b * p.H, s);
+            this->template put<1>(f.last[k] + r.b * p.H, &s);
           } else if (r.variant && !r.moving) {
             this->get(s, f.states[k] + original_row(r, r.stop) * p.H);
-            put(f.variants[k] + r.v * p.H, s);
+            this->template put<1>(f.variants[k] + r.v * p.H, &s);
           }
         }
       });
@@ -751,7 +780,7 @@ struct BackwardTile : Tile<Cell, E, true> {
   // through the product.
   SIRE_DEVICE void step_row(int now, int tau, int row) const {
     const Row& r = shared.rows[row];
-    const auto& at = visit(now, row);
+    const auto at = visit(now, row);
     float s[STATES][2], next[STATES][2], dx[G][2] = {}, du[G][2] = {}, ds[STATES][2] = {};
     SIRE_EACH (k, STATES) {
       load(s[k], staged_state(now, k, row));
@@ -775,27 +804,28 @@ struct BackwardTile : Tile<Cell, E, true> {
             of_ds[STATES];
         SIRE_EACH (k, STATES) of_d[k] = d[k][e], of_s[k] = s[k][e], of_next[k] = next[k][e];
         SIRE_EACH (k, KEPT) of_kept[k] = kept[k][e];
-        Cell::template step_backward<Math>(of_d, of_s, of_next, of_kept, of_dx, of_du, of_ds);
+        Cell::template step_backward<Math<E>>(of_d, of_s, of_next, of_kept, of_dx, of_du, of_ds);
         SIRE_EACH (k, G) dx[k][e] = of_dx[k], du[k][e] = of_du[k];
         SIRE_EACH (k, STATES) ds[k][e] = of_ds[k];
       }
       if (at.starts) add_starts(du, ds, r, at.started, at.starts);
     }
-    const auto gradient = [&](int k) -> const float (&)[2] { return k < G ? du[k] : dx[G - 1]; };
+    const auto put_gradients = [&](auto* rows) {
+      this->template put<G>(rows, du);
+      if (D > G) this->template put<1>(rows + G * p.H, &dx[G - 1]);
+    };
     if (r.original) {
-      SIRE_EACH (k, G) {
-        put(static_cast<E*>(g.dx) + at.at + k * p.H, dx[k]);
-        put(static_cast<E*>(g.du) + at.at + k * p.H, du[k]);
-      }
+      this->template put<G>(static_cast<E*>(g.dx) + at.at, dx);
+      this->template put<G>(static_cast<E*>(g.du) + at.at, du);
     } else if (at.running && at.first) {
-      SIRE_EACH (k, D) put(g.d_first + at.at + k * p.H, gradient(k));
-      SIRE_EACH (k, STATES) put(g.d_first + at.at + (D + k) * p.H, ds[k]);
+      put_gradients(g.d_first + at.at);
+      this->template put<STATES>(g.d_first + at.at + D * p.H, ds);
       SIRE_EACH (e, 2) {  // nothing goes on
         SIRE_EACH (k, G) du[k][e] = 0;
         SIRE_EACH (k, STATES) ds[k][e] = 0;
       }
     } else if (at.running) {
-      SIRE_EACH (k, D) put(static_cast<E*>(g.d_spans) + at.at + k * p.H, gradient(k));
+      put_gradients(static_cast<E*>(g.d_spans) + at.at);
     }
     SIRE_EACH (k, G) store(operand(now, k, row) + unit, du[k]);
     SIRE_EACH (k, STATES) store(own(k, row), ds[k]);
@@ -851,7 +881,7 @@ struct BackwardTile : Tile<Cell, E, true> {
         SIRE_EACH (k, STATES) {
           float d[2];
           load(d, own(k, row));
-          put(g.d_start[k] + r.b * p.H, d);
+          this->template put<1>(g.d_start[k] + r.b * p.H, &d);
         }
       });
   }

@@ -122,7 +122,17 @@ SIRE_MMA(mma, float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 
 SIRE_DEVICE float exp(float x) { return expf(x); }
 SIRE_DEVICE float tanh(float x) { return tanhf(x); }
-SIRE_DEVICE float reciprocal(float x) { return __fdividef(1, x); }
+// Instructions of one turn: to 22 bits and more, results below 2^-126 are 0; and tanh to 11 bits.
+#define SIRE_FUNCTION(name, instruction)                \
+  SIRE_DEVICE float name(float x) {                     \
+    float value;                                        \
+    asm(instruction " %0, %1;" : "=f"(value) : "f"(x)); \
+    return value;                                       \
+  }
+SIRE_FUNCTION(exp2, "ex2.approx.ftz.f32")
+SIRE_FUNCTION(reciprocal, "rcp.approx.ftz.f32")
+SIRE_FUNCTION(tanh_to_11_bits, "tanh.approx.f32")
+#undef SIRE_FUNCTION
 
 inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("cuda: ") + cudaGetErrorString(error));

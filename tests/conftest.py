@@ -60,7 +60,7 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if parameters and "triton" in parameters:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     if parameters and "cuda" in parameters:
-        cuda_on_host.use(request.getfixturevalue("host_build"), 1, monkeypatch.setattr)
+        cuda_on_host.use(request.getfixturevalue("host_build"), 4, monkeypatch.setattr)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

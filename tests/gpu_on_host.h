@@ -334,7 +334,9 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], E dtype)
 
 inline float exp(float x) { return std::exp(x); }
 inline float tanh(float x) { return std::tanh(x); }
+inline float exp2(float x) { return std::exp2(x); }
 inline float reciprocal(float x) { return 1 / x; }
+inline float tanh_to_11_bits(float x) { return from_bits((bits(std::tanh(x)) + 0x1000) & 0xffffe000); }
 
 struct Grid {
   int64_t blocks;
