@@ -450,8 +450,7 @@ struct Tile {
   // What was fetched has come, and nobody of the cluster is behind.
   SIRE_DEVICE void meet() const {
     wait_for_copies();
-    barrier();
-    if (p.blocks > 1 && !p.mailbox) cluster_barrier();
+    p.blocks > 1 && !p.mailbox ? cluster_barrier() : barrier();
   }
 
   // Ends a step: as `meet`, and the operands of all blocks have come to this one.
@@ -463,6 +462,12 @@ struct Tile {
     meet();
   }
 
+  // Calls body(peer) for all other blocks of the group, the next one first.
+  template <class F>
+  SIRE_DEVICE void each_peer(F body) const {
+    for (int peer = rank + 1; peer != rank + p.blocks; ++peer) body(peer < p.blocks ? peer : peer - p.blocks);
+  }
+
   SIRE_DEVICE uint4* operand_piece(int buffer, int of_rank, int row, int at) const {
     return reinterpret_cast<uint4*>(operand(buffer, 0, row) + of_rank * split.units() + at);
   }
@@ -470,7 +475,8 @@ struct Tile {
   SIRE_DEVICE void exchange_in_cluster(int buffer) const {
     each_piece<E>(shared.kOperands * kRows, [&](int row, int at) {
       uint4* piece = operand_piece(buffer, rank, row, at);
-      for (int n = 1; n < p.blocks; ++n) store_to_peer(piece, (rank + n) % p.blocks, *piece);
+      const uint4 value = *piece;
+      each_peer([&](int peer) { store_to_peer(piece, peer, value); });
     });
   }
 
@@ -484,10 +490,7 @@ struct Tile {
                   [&](int row, int at) { *mailed(rank, row, at) = *operand_piece(buffer, rank, row, at); });
     group_barrier(p.arrived + group * p.blocks, rank, p.blocks, ++exchanges);
     each_piece<E>(rows, [&](int row, int at) {
-      for (int n = 1; n < p.blocks; ++n) {
-        const int peer = (rank + n) % p.blocks;
-        copy_async(operand_piece(buffer, peer, row, at), mailed(peer, row, at));
-      }
+      each_peer([&](int peer) { copy_async(operand_piece(buffer, peer, row, at), mailed(peer, row, at)); });
     });
   }
 };
