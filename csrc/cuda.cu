@@ -373,7 +373,7 @@ struct Tile {
   }
 
   // Starts to copy, for each row, this block's units of kFields rows of H values, the first of which is
-  // source(row). Where that is null, what was there stays.
+  // source(row). Where that is null, what was there stays; units beyond H are 0.
   template <int kFields, class V, class Source>
   SIRE_DEVICE void fetch(V* to, int stride, Source source) const {
     constexpr int kPiece = 16 / int(sizeof(V));
@@ -381,16 +381,31 @@ struct Tile {
       const V* from = source(row);
       if (!from) return;
       from += unit0 + at;
-      const bool whole =
-          unit0 + at + kPiece <= p.H && (reinterpret_cast<uintptr_t>(from) | p.H * sizeof(V)) % 16 == 0;
-      SIRE_EACH (field, kFields) {
-        V* piece = to + (field * kRows + row) * stride + at;
-        if (whole)
-          copy_async(piece, from + field * p.H);
-        else
-          for (int n = 0; n < kPiece; ++n) piece[n] = unit0 + at + n < p.H ? from[field * p.H + n] : V(0.0f);
+      V* piece = to + row * stride + at;
+      const int field_size = kRows * stride, there = p.H - unit0 - at;  // there: values from here on
+      const auto address = reinterpret_cast<uintptr_t>(from) | p.H * sizeof(V);
+      if (address % 16 == 0 && there >= kPiece) {
+        SIRE_EACH (field, kFields) copy_async<16>(piece + field * field_size, from + field * p.H);
+      } else {
+        SIRE_ROLLED
+        for (int field = 0; field < kFields; ++field, piece += field_size, from += p.H)
+          address % 4 == 0 ? fetch_words<4>(piece, from, there)
+                           : fetch_words<int(sizeof(V))>(piece, from, there);
       }
     });
+  }
+
+  // A piece of so many values, and zeros behind them.
+  template <int kBytes, class V>
+  SIRE_DEVICE static void fetch_words(V* to, const V* from, int there) {
+    constexpr int kWord = kBytes / int(sizeof(V));
+    for (int n = 0; n < 16 / int(sizeof(V)); n += kWord)
+      if (n >= there)
+        for (int k = n; k < n + kWord; ++k) to[k] = V(0.0f);
+      else if constexpr (kBytes >= 4)
+        copy_async<kBytes>(to + n, from + n);
+      else
+        to[n] = from[n];
   }
 
   // ---------------------------------------------------------------- product
@@ -490,7 +505,8 @@ struct Tile {
                   [&](int row, int at) { *mailed(rank, row, at) = *operand_piece(buffer, rank, row, at); });
     group_barrier(p.arrived + group * p.blocks, rank, p.blocks, ++exchanges);
     each_piece<E>(rows, [&](int row, int at) {
-      each_peer([&](int peer) { copy_async(operand_piece(buffer, peer, row, at), mailed(peer, row, at)); });
+      each_peer(
+          [&](int peer) { copy_async<16>(operand_piece(buffer, peer, row, at), mailed(peer, row, at)); });
     });
   }
 };

@@ -67,11 +67,15 @@ SIRE_DEVICE void wait_for(const uint32_t* from, uint32_t count) {
   while (found < count);
 }
 
-// Starts to copy 16 bytes from global to shared memory, both at 16 bytes.
+// Starts to copy 4, 8 or 16 bytes from global to shared memory, both at a multiple of as many.
+template <int kBytes>
 SIRE_DEVICE void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
+  const auto address = uint32_t(__cvta_generic_to_shared(to));
+  if constexpr (kBytes == 16)  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes)
+                 : "memory");
 }
 
 // Waits for what this thread has started to copy; others see it behind a barrier.

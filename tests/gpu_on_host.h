@@ -99,6 +99,7 @@ struct Block {
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
 };
 
 struct Fiber {
@@ -253,14 +254,14 @@ inline void wait_for(const uint32_t* from, uint32_t count) {
   while (*from < count) leave(*machine.current);
 }
 
-inline void copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    throw std::runtime_error(
-        "gpu_on_host: a copy of 16 bytes from or to another address than a multiple of 16");
-  machine.current->copies.push_back({to, from});
+template <int kBytes>
+void copy_async(void* to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(to) % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes)
+    throw std::runtime_error("gpu_on_host: a copy from or to another address than a multiple of its bytes");
+  machine.current->copies.push_back({to, from, kBytes});
 }
 inline void wait_for_copies() {
-  for (const Copy& copy : machine.current->copies) std::memcpy(copy.to, copy.from, 16);
+  for (const Copy& copy : machine.current->copies) std::memcpy(copy.to, copy.from, size_t(copy.bytes));
   machine.current->copies.clear();
 }
 
