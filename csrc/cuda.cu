@@ -135,7 +135,7 @@ struct Shared {
   Row* rows;                                        // (kRows)
   Cursor* cursors;                                  // (kRows)
   Visit* visits;                                    // (2, kRows)
-  float* sums;           // (splits - 1, tiles, gates, kTiles, 4, 32), what other warps have summed
+  float* sums;           // (splits, tiles, kTiles, 2, gates, 2, 32), what warps have summed for others
   float* own;            // (states, kRows, units), states, or their gradients
   float* after;          // backward: (states, kRows, units), states after the step
   E* operand;            // (buffers, kOperands, kRows, all units), factors of the product
@@ -157,7 +157,7 @@ struct Shared {
     take(rows, kRows);
     take(cursors, kBackward ? kRows : 0);
     take(visits, 2 * kRows);
-    take(sums, int64_t(split.splits - 1) * split.tiles * Cell::gates * kTiles * 128);
+    take(sums, split.splits > 1 ? split.warps() * Cell::gates * kTiles * 128 : 0);
     take(own, Cell::states * kRows * state_stride);
     take(after, kBackward ? Cell::states * kRows * state_stride : 0);
     take(operand, buffers * kOperands * kRows * operand_stride);
@@ -265,11 +265,20 @@ struct Tile {
     for (first_sequence = group * p.N; first_sequence < p.B; first_sequence += p.groups * p.N) body();
   }
 
-  // Calls body(n, c, row) for this thread's rows, whose sums are those at [n][..][c] and [n][..][c + 2].
+  // A thread has sums for these rows, of its units those at [n][..][c] and [n][..][c + 2]. Warps that share
+  // them take the steps of some of the rows each.
+  SIRE_DEVICE int row_of(int n, int c) const { return n * kTile + lane % 4 * 2 + c; }
+  SIRE_DEVICE bool takes(int n, int c) const {
+    const int sharing = split.splits < 2 * kTiles ? split.splits : 2 * kTiles;
+    return part == (2 * n + c) * sharing / (2 * kTiles);
+  }
+
+  // Calls body(n, c, row) for the rows that this thread takes.
   template <class F>
   SIRE_DEVICE void each_row(F body) const {
     SIRE_EACH (n, kTiles)
-      SIRE_EACH (c, 2) body(n, c, n * kTile + lane % 4 * 2 + c);
+      SIRE_EACH (c, 2)
+        if (takes(n, c)) body(n, c, row_of(n, c));
   }
 
   // The values of a row of H for this thread's units, 0 where there are none.
@@ -410,8 +419,8 @@ struct Tile {
 
   // ---------------------------------------------------------------- product
 
-  // Adds the product of W_hh, or its transpose, with the operands to sums; those of the whole sum are the
-  // warps' of part 0.
+  // Adds the product of W_hh, or its transpose, with the operands to sums; the whole sum is there for the
+  // rows that this thread takes.
   SIRE_DEVICE void multiply(int buffer, Sum (&sums)[kTiles][G]) const {
     const auto* words =
         reinterpret_cast<const uint32_t*>(operand(buffer, 0, lane / 16 * kTile + lane % kTile)) +
@@ -431,19 +440,25 @@ struct Tile {
       }
     }
     if (split.splits == 1) return;
-    const auto sum = [&](int of, int g, int n, int e) -> float& {
-      return shared.sums[((((of - 1) * split.tiles + tile) * G + g) * kTiles + n) * 128 + e * 32 + lane];
+    const auto shared_sum = [&](int of, int n, int c, int g, int e) -> float& {
+      const int block = ((of * split.tiles + tile) * kTiles + n) * 2 + c;
+      return shared.sums[((block * G + g) * 2 + e) * 32 + lane];
     };
-    const auto each_sum = [&](auto body) {
-      SIRE_EACH (n, kTiles)
-        SIRE_EACH (g, G)
-          SIRE_EACH (e, 4) body(sums[n][g][e], g, n, e);
-    };
-    if (part) each_sum([&](float& x, int g, int n, int e) { sum(part, g, n, e) = x; });
+    SIRE_EACH (n, kTiles)
+      SIRE_EACH (c, 2)
+        if (!takes(n, c))
+          SIRE_EACH (g, G)
+            SIRE_EACH (e, 2) shared_sum(part, n, c, g, e) = sums[n][g][c + 2 * e];
     barrier();
-    if (!part)
-      for (int of = 1; of < split.splits; ++of)
-        each_sum([&](float& x, int g, int n, int e) { x += sum(of, g, n, e); });
+    each_row([&](int n, int c, int) {
+      float total[G][2] = {};
+      SIRE_ROLLED
+      for (int of = 0; of < split.splits; ++of)  // in this order for all rows
+        SIRE_EACH (g, G)
+          SIRE_EACH (e, 2) total[g][e] += of == part ? sums[n][g][c + 2 * e] : shared_sum(of, n, c, g, e);
+      SIRE_EACH (g, G)
+        SIRE_EACH (e, 2) sums[n][g][c + 2 * e] = total[g][e];
+    });
   }
 
   // Adds one tile's product. That of the small parts of float32 is left out; the matrix unit cuts its sums
@@ -553,16 +568,15 @@ struct ForwardTile : Tile<Cell, E, false> {
   SIRE_DEVICE void begin() {
     fetch_inputs(0, [&](int row) { return inputs(shared.rows[row], shared.rows[row].origin); });
     prepare(0, 0);
-    if (!this->part)
-      each_row([&](int, int, int row) {
-        const Row& r = shared.rows[row];
-        SIRE_EACH (k, STATES) {
-          float s[2] = {};
-          if (live(r)) this->get(s, this->before(f.states, nullptr, r, r.origin, k));
-          store(own(k, row), s);
-          if (k == 0) store(operand(0, 0, row) + unit, s);
-        }
-      });
+    each_row([&](int, int, int row) {
+      const Row& r = shared.rows[row];
+      SIRE_EACH (k, STATES) {
+        float s[2] = {};
+        if (live(r)) this->get(s, this->before(f.states, nullptr, r, r.origin, k));
+        store(own(k, row), s);
+        if (k == 0) store(operand(0, 0, row) + unit, s);
+      }
+    });
     exchange(0);
   }
 
@@ -575,53 +589,51 @@ struct ForwardTile : Tile<Cell, E, false> {
       SIRE_EACH (g, G)
         SIRE_EACH (e, 4) sums[n][g][e] = bias[e / 2][g];
     this->multiply(now, sums);
-    if (!this->part)
-      each_row([&](int n, int c, int row) {
-        const auto at = visit(now, row);
-        float s[STATES][2];
-        SIRE_EACH (k, STATES) load(s[k], own(k, row));
-        if (at.running) {
-          float x[G][2], kept[KEPT + 1][2];
-          SIRE_EACH (g, G) load(x[g], staged(now, g, row));
-          SIRE_EACH (e, 2) {
-            float of_x[G], of_u[G], of_s[STATES], next[STATES], of_kept[KEPT + 1];
-            SIRE_EACH (g, G) of_x[g] = x[g][e], of_u[g] = sums[n][g][c + 2 * e];
-            SIRE_EACH (k, STATES) of_s[k] = s[k][e];
-            Cell::template step<Math<E>>(of_x, of_u, of_s, next, of_kept);
-            SIRE_EACH (k, STATES) s[k][e] = next[k];
-            SIRE_EACH (k, KEPT) kept[k][e] = of_kept[k];
-          }
-          SIRE_EACH (k, STATES) store(own(k, row), s[k]);
-          if (at.gates) this->template put<KEPT>(at.gates, kept);
-          if (at.ended[0])
-            SIRE_EACH (k, STATES) this->template put<1>(at.ended[k], &s[k]);
+    each_row([&](int n, int c, int row) {
+      const auto at = visit(now, row);
+      float s[STATES][2];
+      SIRE_EACH (k, STATES) load(s[k], own(k, row));
+      if (at.running) {
+        float x[G][2], kept[KEPT + 1][2];
+        SIRE_EACH (g, G) load(x[g], staged(now, g, row));
+        SIRE_EACH (e, 2) {
+          float of_x[G], of_u[G], of_s[STATES], next[STATES], of_kept[KEPT + 1];
+          SIRE_EACH (g, G) of_x[g] = x[g][e], of_u[g] = sums[n][g][c + 2 * e];
+          SIRE_EACH (k, STATES) of_s[k] = s[k][e];
+          Cell::template step<Math<E>>(of_x, of_u, of_s, next, of_kept);
+          SIRE_EACH (k, STATES) s[k][e] = next[k];
+          SIRE_EACH (k, KEPT) kept[k][e] = of_kept[k];
         }
-        store(operand(1 - now, 0, row) + unit, s[0]);
-        if (at.states[0])
-          SIRE_EACH (k, STATES) {
-            if (!at.running) s[k][0] = s[k][1] = 0;
-            this->template put<1>(at.states[k], &s[k]);
-          }
-      });
+        SIRE_EACH (k, STATES) store(own(k, row), s[k]);
+        if (at.gates) this->template put<KEPT>(at.gates, kept);
+        if (at.ended[0])
+          SIRE_EACH (k, STATES) this->template put<1>(at.ended[k], &s[k]);
+      }
+      store(operand(1 - now, 0, row) + unit, s[0]);
+      if (at.states[0])
+        SIRE_EACH (k, STATES) {
+          if (!at.running) s[k][0] = s[k][1] = 0;
+          this->template put<1>(at.states[k], &s[k]);
+        }
+    });
     exchange(1 - now);
   }
 
   // The last states, those of variants that exchange nothing, and the penalties.
   SIRE_DEVICE void finish() const {
-    if (!this->part)
-      each_row([&](int, int, int row) {
-        const Row& r = shared.rows[row];
-        SIRE_EACH (k, STATES) {
-          float s[2];
-          if (r.original) {
-            load(s, own(k, row));
-            this->template put<1>(f.last[k] + r.b * p.H, &s);
-          } else if (r.variant && !r.moving) {
-            this->get(s, f.states[k] + original_row(r, r.stop) * p.H);
-            this->template put<1>(f.variants[k] + r.v * p.H, &s);
-          }
+    each_row([&](int, int, int row) {
+      const Row& r = shared.rows[row];
+      SIRE_EACH (k, STATES) {
+        float s[2];
+        if (r.original) {
+          load(s, own(k, row));
+          this->template put<1>(f.last[k] + r.b * p.H, &s);
+        } else if (r.variant && !r.moving) {
+          this->get(s, f.states[k] + original_row(r, r.stop) * p.H);
+          this->template put<1>(f.variants[k] + r.v * p.H, &s);
         }
-      });
+      }
+    });
     if (this->rank) return;  // the barrier of the last step is behind all blocks' states
     for (int row = this->warp; row < kRows; row += threads() / 32) {
       const Row& r = shared.rows[row];
@@ -727,17 +739,16 @@ struct BackwardTile : Tile<Cell, E, true> {
     }
     prepare(steps % 2, steps);
     prepare((steps - 1) % 2, steps - 1);
-    if (!this->part)
-      each_row([&](int, int, int row) {
-        const Row& r = shared.rows[row];
-        const int t = r.origin + steps;
-        SIRE_EACH (k, STATES) {
-          float s[2] = {};
-          store(own(k, row), s);
-          if (live(r) && t <= r.stop + 1) get(s, this->before(g.states, g.spans, r, t, k));
-          store(after(k, row), s);
-        }
-      });
+    each_row([&](int, int, int row) {
+      const Row& r = shared.rows[row];
+      const int t = r.origin + steps;
+      SIRE_EACH (k, STATES) {
+        float s[2] = {};
+        store(own(k, row), s);
+        if (live(r) && t <= r.stop + 1) get(s, this->before(g.states, g.spans, r, t, k));
+        store(after(k, row), s);
+      }
+    });
     barrier();
     fetch_step((steps - 1) % 2, steps % 2);
     this->meet();
@@ -854,29 +865,26 @@ struct BackwardTile : Tile<Cell, E, true> {
     const int now = tau % 2;
     fetch_step(1 - now, now);
     if (tau) prepare(1 - now, tau - 1);
-    if (!this->part) {
-      // originals take what variants have left them in this step
+    // originals take what variants have left them in this step
+    SIRE_ROLLED
+    for (int turn = 0; turn < 2; ++turn) {
       SIRE_ROLLED
-      for (int turn = 0; turn < 2; ++turn) {
-        SIRE_ROLLED
-        for (int n = 0; n < 2 * kTiles; ++n) {
-          const int row = n / 2 * kTile + this->lane % 4 * 2 + n % 2;
-          if (shared.rows[row].original == bool(turn)) step_row(now, tau, row);
-        }
-        warp_barrier();
+      for (int n = 0; n < 2 * kTiles; ++n) {
+        const int row = this->row_of(n / 2, n % 2);
+        if (this->takes(n / 2, n % 2) && shared.rows[row].original == bool(turn)) step_row(now, tau, row);
       }
+      this->split.splits == 1 ? warp_barrier() : barrier();
     }
     exchange(now);
     Sum sums[kTiles][G] = {};
     this->multiply(now, sums);
-    if (!this->part)
-      each_row([&](int n, int c, int row) {
-        float d[2];
-        load(d, own(0, row));
-        SIRE_EACH (k, G)
-          SIRE_EACH (e, 2) d[e] += sums[n][k][c + 2 * e];
-        store(own(0, row), d);
-      });
+    each_row([&](int n, int c, int row) {
+      float d[2];
+      load(d, own(0, row));
+      SIRE_EACH (k, G)
+        SIRE_EACH (e, 2) d[e] += sums[n][k][c + 2 * e];
+      store(own(0, row), d);
+    });
   }
 
   SIRE_DEVICE void run() {
@@ -893,16 +901,15 @@ struct BackwardTile : Tile<Cell, E, true> {
   }
 
   SIRE_DEVICE void finish() const {
-    if (!this->part)
-      each_row([&](int, int, int row) {
-        const Row& r = shared.rows[row];
-        if (!r.original) return;
-        SIRE_EACH (k, STATES) {
-          float d[2];
-          load(d, own(k, row));
-          this->template put<1>(g.d_start[k] + r.b * p.H, &d);
-        }
-      });
+    each_row([&](int, int, int row) {
+      const Row& r = shared.rows[row];
+      if (!r.original) return;
+      SIRE_EACH (k, STATES) {
+        float d[2];
+        load(d, own(k, row));
+        this->template put<1>(g.d_start[k] + r.b * p.H, &d);
+      }
+    });
   }
 };
 

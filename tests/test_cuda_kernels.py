@@ -65,10 +65,12 @@ def test_blocks_that_share_the_units(
 def test_sizes_that_one_block_does_not_hold(
     cell: str, hidden: int, dtype: torch.dtype, capability: int, group: Group, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Warps share the sum over h, and the rows of a full tile."""
     chip = Chip(divmod(capability, 10), 64, 227 << 10)
     monkeypatch.setattr(cuda, "_chip", lambda _: chip)
+    monkeypatch.setattr(gpu, "plan", lambda *_: Plan(8, 1))
     assert cuda.group(cell, str(dtype).removeprefix("torch."), hidden, chip) == group
-    assert_as_good_as_reference(cell, make(Case(cell, 2, 2, hidden, 1)), dtype, "cuda")
+    assert_as_good_as_reference(cell, make(Case(cell, 3, 8, hidden, 1)), dtype, "cuda")
 
 
 @pytest.mark.parametrize(("blocks", "mailbox"), [(1, False), (2, False), (2, True)])
