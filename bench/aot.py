@@ -2,7 +2,7 @@
 
 Triton's launcher is called as for a real pass, and what it would launch is compiled; of the CUDA kernels it reads what
 the extension sire_fast._cuda holds. Prints registers, spills, shared memory and matrix instructions of each, and ends
-with exit code 1 if one does not fit its chip or spills more than SPILL_LIMIT, or CUDA_SPILL_LIMIT, bytes.
+with exit code 1 if one does not fit its chip or spills more than SPILL_LIMIT bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ CAPABILITIES = (80, 90, 100)
 ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HIDDEN = (16, 32, 64, 128, 256, 512, 1024)
 SPILL_LIMIT = 128
-CUDA_SPILL_LIMIT = 192  # an LSTM's weights take 128 of a thread's 255 registers
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and B200
 
 
@@ -62,12 +61,11 @@ class Usage(NamedTuple):
     spilled: int  # bytes of a thread
     shared: int  # bytes of a block
     instructions: str  # on matrices
-    spill_limit: int = SPILL_LIMIT
 
     def complaints(self, capability: int) -> list[str]:
         found = []
-        if self.spilled > self.spill_limit:
-            found.append(f"spills more than {self.spill_limit} bytes")
+        if self.spilled > SPILL_LIMIT:
+            found.append(f"spills more than {SPILL_LIMIT} bytes")
         if self.shared > 1024 * SHARED_MEMORY[capability]:
             found.append(f"does not fit {SHARED_MEMORY[capability]} KiB")
         return found
@@ -166,7 +164,7 @@ def extension() -> dict[int, list[Usage]]:
             shared = {H: cuda._cuda.shared_bytes(cell, dtype, H, *group) for H, group in groups.items() if group}
             used, title = _used(told), f"{kind} {cell} {dtype} H<={max(shared)}"
             spilled = used["STACK"] + used["LOCAL"]
-            usage = Usage(title, used["REG"], spilled, max(shared.values()), "mma.sync", CUDA_SPILL_LIMIT)
+            usage = Usage(title, used["REG"], spilled, max(shared.values()), "mma.sync")
             found.setdefault(capability, []).append(usage)
     return found
 

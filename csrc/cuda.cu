@@ -57,13 +57,6 @@ struct Math {
 template <class E>
 constexpr int kFactors = 4 / int(sizeof(E));
 
-SIRE_DEVICE uint32_t word(const float (&x)[1], float) { return bits(x[0]); }
-template <class E>
-SIRE_DEVICE uint32_t word(const float (&x)[2], E) {
-  const E low(x[0]), high(x[1]);
-  return bits(low) | bits(high) << 16;
-}
-
 SIRE_HOST_DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // How the units of a layer and the sum over them are split.
@@ -224,6 +217,7 @@ struct Tile {
   const int unit0;                   // of the block
   const int warp, lane, tile, part;  // tile of units and part of the sum of this warp
   const int u, unit;
+  int taken = 0;             // bits of the rows whose steps it takes
   uint32_t w[G][kSlots][4];  // W_hh, transposed in the backward
   int first_sequence;        // of the rows
   uint32_t exchanges = 0;    // through the mailbox
@@ -241,6 +235,9 @@ struct Tile {
         part(warp / split.tiles),
         u(tile * kUnits + lane / 4 * 2),
         unit(unit0 + u) {
+    const int sharing = split.splits < 2 * kTiles ? split.splits : 2 * kTiles;
+    SIRE_EACH (n, 2 * kTiles)
+      if (part == n * sharing / (2 * kTiles)) taken |= 1 << n;
     SIRE_EACH (g, G)
       SIRE_EACH (slot, kSlots)
         SIRE_EACH (r, 4) w[g][slot][r] = weight(g, slot, r);
@@ -250,13 +247,13 @@ struct Tile {
   SIRE_DEVICE uint32_t weight(int g, int slot, int r) const {
     const int first = ((part * kSlots + slot) * kTileWords + lane % 4 + r / 2 * 4) * kFactors<E>;
     const auto* w_hh = static_cast<const E*>(p.w_hh) + int64_t(g) * p.H * p.H;
-    float factors[kFactors<E>];
+    uint32_t word = 0;
     SIRE_EACH (n, kFactors<E>) {
       const int k = first + n, of = unit + r % 2;
       const int64_t at = kBackward ? int64_t(k) * p.H + of : int64_t(of) * p.H + k;
-      factors[n] = of < p.H && k < p.H ? float(w_hh[at]) : 0;
+      if (of < p.H && k < p.H) word |= bits(w_hh[at]) << 16 * n;
     }
-    return word(factors, E());
+    return word;
   }
 
   // Calls body() for each tile of sequences of the group.
@@ -268,10 +265,7 @@ struct Tile {
   // A thread has sums for these rows, of its units those at [n][..][c] and [n][..][c + 2]. Warps that share
   // them take the steps of some of the rows each.
   SIRE_DEVICE int row_of(int n, int c) const { return n * kTile + lane % 4 * 2 + c; }
-  SIRE_DEVICE bool takes(int n, int c) const {
-    const int sharing = split.splits < 2 * kTiles ? split.splits : 2 * kTiles;
-    return part == (2 * n + c) * sharing / (2 * kTiles);
-  }
+  SIRE_DEVICE bool takes(int n, int c) const { return taken >> (2 * n + c) & 1; }
 
   // Calls body(n, c, row) for the rows that this thread takes.
   template <class F>
@@ -838,7 +832,6 @@ struct BackwardTile : Tile<Cell, E, true> {
         SIRE_EACH (k, G) dx[k][e] = of_dx[k], du[k][e] = of_du[k];
         SIRE_EACH (k, STATES) ds[k][e] = of_ds[k];
       }
-      if (at.starts) add_starts(du, ds, r, at.started, at.starts);
     }
     const auto put_gradients = [&](auto* rows) {
       this->template put<G>(rows, du);
@@ -846,6 +839,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     };
     if (r.original) {
       this->template put<G>(static_cast<E*>(g.dx) + at.at, dx);
+      if (at.starts) add_starts(du, ds, r, at.started, at.starts);
       this->template put<G>(static_cast<E*>(g.du) + at.at, du);
     } else if (at.running && at.first) {
       put_gradients(g.d_first + at.at);
