@@ -353,12 +353,13 @@ struct Tile {
   SIRE_DEVICE float* after(int k, int row) const {
     return shared.after + (k * kRows + row) * shared.state_stride + u;
   }
-  SIRE_DEVICE const E* staged(int buffer, int field, int row) const {
-    return shared.staged + ((buffer * shared.kStaged + field) * kRows + row) * shared.staged_stride + u;
+  // of all units of the block
+  SIRE_DEVICE E* staged(int buffer, int field, int row) const {
+    return shared.staged + ((buffer * shared.kStaged + field) * kRows + row) * shared.staged_stride;
   }
-  SIRE_DEVICE const float* staged_state(int buffer, int field, int row) const {
+  SIRE_DEVICE float* staged_state(int buffer, int field, int row) const {
     return shared.staged_states +
-           ((buffer * shared.kStagedStates + field) * kRows + row) * shared.state_stride + u;
+           ((buffer * shared.kStagedStates + field) * kRows + row) * shared.state_stride;
   }
   // factors of a row of a product, for the units of all blocks
   SIRE_DEVICE E* operand(int buffer, int field, int row) const {
@@ -526,7 +527,7 @@ template <class Cell, class E>
 struct ForwardTile : Tile<Cell, E, false> {
   using Base = Tile<Cell, E, false>;
   using Base::each_row, Base::exchange, Base::live, Base::operand, Base::original_row, Base::own, Base::p,
-      Base::put, Base::shared, Base::span_row, Base::staged, Base::u, Base::unit, Base::unit0, Base::visit;
+      Base::put, Base::shared, Base::span_row, Base::staged, Base::u, Base::unit, Base::visit;
   static constexpr int G = Cell::gates, STATES = Cell::states, KEPT = Cell::saved;
   const Forward& f;
 
@@ -555,8 +556,7 @@ struct ForwardTile : Tile<Cell, E, false> {
 
   template <class Source>
   SIRE_DEVICE void fetch_inputs(int buffer, Source source) const {
-    this->template fetch<G>(shared.staged + buffer * G * kRows * shared.staged_stride, shared.staged_stride,
-                            source);
+    this->template fetch<G>(staged(buffer, 0, 0), shared.staged_stride, source);
   }
 
   SIRE_DEVICE void begin() {
@@ -589,7 +589,7 @@ struct ForwardTile : Tile<Cell, E, false> {
       SIRE_EACH (k, STATES) load(s[k], own(k, row));
       if (at.running) {
         float x[G][2], kept[KEPT + 1][2];
-        SIRE_EACH (g, G) load(x[g], staged(now, g, row));
+        SIRE_EACH (g, G) load(x[g], staged(now, g, row) + u);
         SIRE_EACH (e, 2) {
           float of_x[G], of_u[G], of_s[STATES], next[STATES], of_kept[KEPT + 1];
           SIRE_EACH (g, G) of_x[g] = x[g][e], of_u[g] = sums[n][g][c + 2 * e];
@@ -674,8 +674,8 @@ template <class Cell, class E>
 struct BackwardTile : Tile<Cell, E, true> {
   using Base = Tile<Cell, E, true>;
   using Base::after, Base::each_row, Base::exchange, Base::get, Base::live, Base::operand, Base::original_row,
-      Base::own, Base::p, Base::put, Base::shared, Base::span_row, Base::staged_state, Base::unit,
-      Base::visit;
+      Base::own, Base::p, Base::put, Base::shared, Base::span_row, Base::staged, Base::staged_state, Base::u,
+      Base::unit, Base::visit;
   static constexpr int G = Cell::gates, STATES = Cell::states, KEPT = Cell::saved, D = Cell::gradients;
   const Backward& g;
 
@@ -715,13 +715,12 @@ struct BackwardTile : Tile<Cell, E, true> {
 
   // Gates of the step before that of a visit, the states before it, and the gradients that come from outside.
   SIRE_DEVICE void fetch_step(int buffer, int visits) const {
-    this->template fetch<KEPT>(shared.staged + buffer * KEPT * kRows * shared.staged_stride,
-                               shared.staged_stride, [&](int row) { return visit(visits, row).gates; });
-    const int stride = shared.state_stride, field = kRows * stride;
-    float* to = shared.staged_states + buffer * 2 * STATES * field;
+    this->template fetch<KEPT>(staged(buffer, 0, 0), shared.staged_stride,
+                               [&](int row) { return visit(visits, row).gates; });
     SIRE_EACH (k, STATES) {
-      this->template fetch<1>(to + k * field, stride, [&](int row) { return visit(visits, row).before[k]; });
-      this->template fetch<1>(to + (STATES + k) * field, stride,
+      this->template fetch<1>(staged_state(buffer, k, 0), shared.state_stride,
+                              [&](int row) { return visit(visits, row).before[k]; });
+      this->template fetch<1>(staged_state(buffer, STATES + k, 0), shared.state_stride,
                               [&](int row) { return visit(visits, row).incoming[k]; });
     }
   }
@@ -756,7 +755,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     SIRE_EACH (e, 2) d[e] += sign * 2 * g.d_penalty[v] * (of_variant[e] - h[e]);
   }
 
-  SIRE_DEVICE void add(float (&to)[2], const float* row) const {
+  SIRE_DEVICE void add_row(float (&to)[2], const float* row) const {
     float x[2];
     get(x, row);
     SIRE_EACH (e, 2) to[e] += x[e];
@@ -765,8 +764,8 @@ struct BackwardTile : Tile<Cell, E, true> {
   // Adds what the results at the end of a row have for gradients.
   SIRE_DEVICE void add_last(float (&d)[STATES][2], const Row& r) const {
     SIRE_EACH (k, STATES) {
-      if (r.original && g.d_last[k]) add(d[k], g.d_last[k] + r.b * p.H);
-      if (r.variant && g.d_variants[k]) add(d[k], g.d_variants[k] + r.v * p.H);
+      if (r.original && g.d_last[k]) add_row(d[k], g.d_last[k] + r.b * p.H);
+      if (r.variant && g.d_variants[k]) add_row(d[k], g.d_variants[k] + r.v * p.H);
     }
     if (r.original || !g.d_penalty) return;
     float h[2];
@@ -780,11 +779,11 @@ struct BackwardTile : Tile<Cell, E, true> {
     for (int n = first; n < first + count; ++n) {
       const int64_t v = r.b * p.K + g.end_order[r.b * p.K + n];
       const int64_t i = g.swaps[2 * v];
-      if (i == g.swaps[2 * v + 1]) {
+      if (i < g.swaps[2 * v + 1]) {
+        if (g.d_penalty) add_pull(d[0], -1, v, v * p.S + t - i, h);
+      } else {
         SIRE_EACH (k, STATES)
-          if (g.d_variants[k]) add(d[k], g.d_variants[k] + v * p.H);
-      } else if (g.d_penalty) {
-        add_pull(d[0], -1, v, v * p.S + t - i, h);
+          if (g.d_variants[k]) add_row(d[k], g.d_variants[k] + v * p.H);
       }
     }
   }
@@ -795,8 +794,8 @@ struct BackwardTile : Tile<Cell, E, true> {
     for (int n = first; n < first + count; ++n) {
       const int64_t v = r.b * p.K + g.start_order[r.b * p.K + n];
       const float* owed = g.d_first + v * (D + STATES) * p.H;
-      SIRE_EACH (k, G) add(du[k], owed + k * p.H);
-      SIRE_EACH (k, STATES) add(ds[k], owed + (D + k) * p.H);
+      SIRE_EACH (k, G) add_row(du[k], owed + k * p.H);
+      SIRE_EACH (k, STATES) add_row(ds[k], owed + (D + k) * p.H);
     }
   }
 
@@ -807,7 +806,7 @@ struct BackwardTile : Tile<Cell, E, true> {
     const auto at = visit(now, row);
     float s[STATES][2], next[STATES][2], dx[G][2] = {}, du[G][2] = {}, ds[STATES][2] = {};
     SIRE_EACH (k, STATES) {
-      load(s[k], staged_state(now, k, row));
+      load(s[k], staged_state(now, k, row) + u);
       load(next[k], after(k, row));
       store(after(k, row), s[k]);
     }
@@ -816,11 +815,11 @@ struct BackwardTile : Tile<Cell, E, true> {
       SIRE_EACH (k, STATES) {
         load(d[k], own(k, row));
         float incoming[2];
-        load(incoming, staged_state(now, STATES + k, row));
+        load(incoming, staged_state(now, STATES + k, row) + u);
         if (r.original && g.d_states[k])
           SIRE_EACH (e, 2) d[k][e] += incoming[e];
       }
-      SIRE_EACH (k, KEPT) load(kept[k], this->staged(now, k, row));
+      SIRE_EACH (k, KEPT) load(kept[k], staged(now, k, row) + u);
       if (at.last) add_last(d, r);
       if (at.ends) add_ends(d, r, r.origin + tau, at.ended, at.ends, next[0]);
       SIRE_EACH (e, 2) {
