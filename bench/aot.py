@@ -26,10 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from sire_fast import cuda
-from sire_fast import triton as backend
+from sire_fast.backends import cuda
+from sire_fast.backends import triton as backend
+from sire_fast.backends.cuda import Chip
 from sire_fast.cells import CELLS
-from sire_fast.cuda import Chip
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
 

@@ -1,4 +1,4 @@
-"""One training step of a recurrent layer, forward and backward, by each contestant of sire_fast.benchmark.
+"""One training step of a recurrent layer, forward and backward, by each contestant of sire_fast.lab.benchmark.
 
 pytest bench --benchmark-group-by=param:cell,param:size,param:swaps
 """
@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from sire_fast.benchmark import CONTESTANTS, LAYERS, WARM_UP, Setting, Step
+from sire_fast.lab.benchmark import CONTESTANTS, LAYERS, WARM_UP, Setting, Step
 
 SIZES = {"T20-B16-H64": (20, 16, 64, 64), "T100-B64-H128": (100, 64, 128, 128)}
 SWAPS = {"swap-adjacent8": ("adjacent:8", "swap"), "end-uniform4": ("uniform:4", "end")}

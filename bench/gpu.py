@@ -29,9 +29,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check, check_cases, first_line
-from sire_fast import backends, benchmark, cuda, swaps
-from sire_fast.benchmark import Setting, Step, quartiles, ratio
+from sire_fast import backends, swaps
+from sire_fast.backends import cuda
 from sire_fast.cells import CELLS
+from sire_fast.lab import benchmark
+from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio
 
 ROOT = Path(__file__).parents[1]
 TOTAL, CHECK = 450.0, 145.0  # seconds, of all and of the check
@@ -46,7 +48,7 @@ _CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}  # a Setting's name -
 
 def kernels() -> list[str]:
     """The backends that run on a GPU alone."""
-    return [name for name in backends.BACKENDS if name not in ("cpu", "reference")]
+    return [name for name in backends.KERNELS if name != "cpu"]
 
 
 class Goal(NamedTuple):

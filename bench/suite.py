@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sire_fast import benchmark, functional, swaps
-from sire_fast.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio
-from sire_fast.train import write
+from sire_fast import functional, swaps
+from sire_fast.lab import benchmark
+from sire_fast.lab.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio
+from sire_fast.lab.train import write
 
 ROOT = Path(__file__).parents[1]
 ROUNDS, QUICK_ROUNDS = 12, 2

@@ -1,5 +1,5 @@
 """Finds what is fastest on this GPU, `python -m bench.tune`: the launch of the Triton kernels, for TUNED in
-kernels/launch.py, and then, with that launch, the backend, or cuDNN, for FASTEST in sire_fast/gpu.py.
+kernels/launch.py, and then, with that launch, the backend, or cuDNN, for FASTEST in sire_fast/backends/gpu.py.
 
 For each cell, H and arithmetic, a training step of all candidates that compile is timed in turns. What wins is only
 printed; check it with bench.gpu after it stands in the tables.
@@ -17,10 +17,10 @@ import triton
 
 from bench.gpu import Item, kernels, measure
 from sire_fast import functional, swaps
-from sire_fast.benchmark import Setting, quartiles
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import Launch
+from sire_fast.lab.benchmark import Setting, quartiles
 
 HIDDEN = (32, 64, 128, 256, 512, 1024)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

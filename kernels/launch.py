@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sire_fast import gpu
+from sire_fast.backends import gpu
+from sire_fast.backends.gpu import Call
 from sire_fast.cells import CELLS as EQUATIONS
-from sire_fast.gpu import Call
 from sire_fast.kernels.cells import CELLS
 from sire_fast.kernels.swap_rnn import backward_kernel, forward_kernel, gather_kernel, weight_kernel
 

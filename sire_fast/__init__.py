@@ -6,9 +6,10 @@ loss = task_loss(model(x), y) + weight * sire_fast.penalty(model)
 
 import warnings
 
-from sire_fast import backends, cells, cpu, functional, modules, reference, schedules, swaps
+from sire_fast import backends, cells, functional, layers, passes, reference, schedules, swaps
+from sire_fast.backends import cpu
 from sire_fast.inspection import inspect
-from sire_fast.modules import GRU, LSTM, RNN, convert
+from sire_fast.layers import GRU, LSTM, RNN, convert
 from sire_fast.penalties import penalty, swap_penalty
 
 __version__ = "0.1.0"
@@ -21,7 +22,8 @@ __all__ = [
     "convert",
     "functional",
     "inspect",
-    "modules",
+    "layers",
+    "passes",
     "penalty",
     "reference",
     "schedules",

@@ -7,7 +7,7 @@ import sys
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
-        from sire_fast import cli
+        from sire_fast.lab import cli
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("matplotlib", "rich", "typer"):
             raise

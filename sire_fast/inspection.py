@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from sire_fast import backends, functional
-from sire_fast.modules import _MODE_CELLS, _SwapLayer
+from sire_fast.layers import _MODE_CELLS, _SwapLayer
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Blocks
 

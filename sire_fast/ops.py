@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import cpu, cuda, triton
+from sire_fast.backends import KERNELS
 from sire_fast.cells import CELLS
 from sire_fast.reference import SwapRNN
-
-# name -> module with computed_in, span_rows, kept, forward and backward
-_IMPLEMENTATIONS = {"cpu": cpu, "triton": triton, "cuda": cuda}
 
 _LIBRARY = torch.library.Library("sire_fast", "DEF")
 _LIBRARY.define(
@@ -51,7 +48,7 @@ def swap_rnn(
     longest: int | None,
 ) -> SwapRNN:
     """The pass on a chosen backend, for arguments whose shapes fit; see sire_fast.functional.swap_rnn."""
-    dtype, computed = x.dtype, _IMPLEMENTATIONS[backend].computed_in(x.dtype)
+    dtype, computed = x.dtype, KERNELS[backend].computed_in(x.dtype)
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if computed != dtype:
@@ -77,7 +74,7 @@ def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Te
     reading the positions would stop a trace."""
     if torch.compiler.is_compiling():
         return swaps.shape[0] * swaps.shape[1] * (steps if longest is None else longest)
-    return _IMPLEMENTATIONS[backend].span_rows(steps, swaps, ends, lengths, longest)
+    return KERNELS[backend].span_rows(steps, swaps, ends, lengths, longest)
 
 
 @torch.library.register_fake("sire_fast::swap_rnn")
@@ -103,7 +100,7 @@ def _outputs(
     steps, batch, _ = x.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
-    gates, spans = _IMPLEMENTATIONS[backend].kept(cell, steps, batch, hidden, span_rows, train, recompute)
+    gates, spans = KERNELS[backend].kept(cell, steps, batch, hidden, span_rows, train, recompute)
     wide = torch.promote_types(x.dtype, torch.float32)
     shapes = (
         (steps, batch, hidden),
@@ -123,7 +120,7 @@ def _outputs(
 def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     *inputs, _, train = arguments
     outputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
-    _IMPLEMENTATIONS[backend].forward(cell, arithmetic, train, recompute, _contiguous(inputs), outputs)
+    KERNELS[backend].forward(cell, arithmetic, train, recompute, _contiguous(inputs), outputs)
     return outputs
 
 
@@ -179,7 +176,7 @@ def _backward(cell: str, backend: str, arithmetic: str, recompute: bool, *argume
     computed = _gradients(cell, backend, arithmetic, recompute, *arguments)
     grads, *kept, needs = arguments
     wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
-    _IMPLEMENTATIONS[backend].backward(cell, arithmetic, recompute, _contiguous([*grads, *kept]), wanted)
+    KERNELS[backend].backward(cell, arithmetic, recompute, _contiguous([*grads, *kept]), wanted)
     return computed
 
 

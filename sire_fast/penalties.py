@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from sire_fast.modules import Pass, _SwapLayer
+from sire_fast.layers import _SwapLayer
+from sire_fast.passes import Compared
 from sire_fast.reference import check_swaps, with_variants
 from sire_fast.swaps import Sampler
 
@@ -57,10 +58,10 @@ def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None,
     return sum(others, first)
 
 
-def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
+def _layer_penalty(layer: _SwapLayer, run: Compared, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
     each, count = run.penalty, run.penalty.numel()
     if through is not None and count:
-        base, variants = run.compared(run.output).unbind(1), run.variants.unbind(1)
+        base, variants = run.original(run.output).unbind(1), run.variants.unbind(1)
         compared = _alike("through", through, [*base, *variants])
         each = _distances(compared[: len(base)], compared[len(base) :])
     if state == "all" and layer.mode == "LSTM":
@@ -69,7 +70,7 @@ def _layer_penalty(layer: _SwapLayer, run: Pass, through: Callable[[Tensor], Ten
                 'state: "all" with compare="swap" needs c at every step, which this layer does not have: '
                 + "; ".join(layer.why_not_fused())
             )
-        each = each + (run.variant_cells - run.compared(run.cells)).square().sum(-1)
+        each = each + (run.variant_cells - run.original(run.cells)).square().sum(-1)
     return each.mean() if count else each.sum()
 
 

@@ -13,7 +13,7 @@ import cuda_on_host
 import pytest
 import torch
 
-from sire_fast import cpu
+from sire_fast.backends import cpu
 
 # Triton reads it when kernels are imported; outside the tests of that backend it would make "auto" choose it
 os.environ["TRITON_INTERPRET"] = "1"

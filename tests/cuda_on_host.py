@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pybind11
 
-from sire_fast import cuda
-from sire_fast.cuda import Chip
+from sire_fast.backends import cuda
+from sire_fast.backends.cuda import Chip
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sire_fast
-from sire_fast import baselines, swaps
+from sire_fast import swaps
+from sire_fast.lab import baselines
 
 SETS = {
     **{f"DeepSets {r}": lambda r=r: baselines.DeepSets(3, 8, 2, r) for r in baselines.REDUCTIONS},

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sire_fast import benchmark, cli, swaps
-from sire_fast.benchmark import CONTESTANTS, LAYERS, Setting, Step, contestants
+from sire_fast import swaps
+from sire_fast.lab import benchmark, cli
+from sire_fast.lab.benchmark import CONTESTANTS, LAYERS, Setting, Step, contestants
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"T": 9, "B": 3, "I": 4, "H": 5, "dtype": "float64"}

@@ -13,8 +13,8 @@ from bench import gpu, gpu_check, tune
 from bench.gpu import Goal, Item
 from bench.gpu_check import Case, Checked
 from sire_fast import functional
-from sire_fast.benchmark import CONTESTANTS, Setting
 from sire_fast.cells import CELLS
+from sire_fast.lab.benchmark import CONTESTANTS, Setting
 
 SMALL = [case for case in gpu_check.CASES if case.T <= 20 and case.B < 20 and case.H <= 100]
 TINY = Setting("GRU", T=6, B=3, I=4, H=8, swaps="uniform:2", compare="end")

@@ -15,10 +15,11 @@ import pytest
 import torch
 from oracle import Case, assert_as_good_as_reference, cast, make, run
 
-from sire_fast import GRU, backends, cuda, gpu
+from sire_fast import GRU, backends
+from sire_fast.backends import cuda, gpu
+from sire_fast.backends.cuda import Chip, Group
+from sire_fast.backends.gpu import Plan
 from sire_fast.cells import CELLS
-from sire_fast.cuda import Chip, Group
-from sire_fast.gpu import Plan
 from sire_fast.swaps import Adjacent
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +156,7 @@ def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
     code = (
         "import os, pathlib, torch, cuda_on_host\n"
         "from oracle import Case, assert_as_good_as_reference, make\n"
-        "from sire_fast import cuda\n"
+        "from sire_fast.backends import cuda\n"
         "cuda_on_host.use(cuda_on_host.load(next(pathlib.Path(os.environ['BUILT']).glob('_cuda*'))), 2)\n"
         "for cell in ('rnn_tanh', 'gru', 'lstm'):\n"
         "    for group in (cuda.Group(1, False), cuda.Group(2, False), cuda.Group(2, True)):\n"

@@ -25,10 +25,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import sire_fast.train
+import sire_fast.lab.train
+from sire_fast.lab.tasks import TASKS
+from sire_fast.lab.train import FILES, Config, Run, by_first, claim, of_all
 from sire_fast.swaps import Uniform
-from sire_fast.tasks import TASKS
-from sire_fast.train import FILES, Config, Run, by_first, claim, of_all
 
 pytestmark = pytest.mark.skipif(not distributed.is_gloo_available(), reason="torch was built without gloo")
 
@@ -173,7 +173,7 @@ def _runs(directory: Path) -> None:
 
     # Ctrl-C while the first process evaluates and the other waits for it
     run = Run(Config(**{**SETTINGS, "steps": 1}), directory)
-    sire_fast.train.evaluate = _interrupted_evaluation
+    sire_fast.lab.train.evaluate = _interrupted_evaluation
     if distributed.get_rank():
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):

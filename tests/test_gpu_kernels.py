@@ -12,9 +12,10 @@ import pytest
 import torch
 from oracle import Case
 
-from sire_fast import backends, functional, gpu, swaps
+from sire_fast import backends, functional, swaps
+from sire_fast.backends import gpu
+from sire_fast.backends.gpu import Plan, plan
 from sire_fast.cells import CELLS
-from sire_fast.gpu import Plan, plan
 from sire_fast.kernels import launch
 from sire_fast.kernels.launch import Launch
 

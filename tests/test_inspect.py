@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sire_fast
-from sire_fast import cli
-from sire_fast.train import INSPECTED
+from sire_fast.lab import cli
+from sire_fast.lab.train import INSPECTED
 
 T, B = 5, 3
 LENGTHS = torch.tensor([5, 2, 4])

@@ -16,7 +16,7 @@ from torch import Tensor
 from sire_fast import _C, backends, functional, ops, reference, swaps
 from sire_fast.cells import CELLS
 
-KERNELS = [name for name in backends.BACKENDS if name != "reference"]
+KERNELS = list(backends.KERNELS)
 WIDEST = {"cuda": torch.float32}  # the dtype of those that do not compute in float64
 
 

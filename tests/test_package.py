@@ -19,7 +19,9 @@ from bench import paper
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
-    f"sire_fast.{module.name}" for module in pkgutil.iter_modules(sire_fast.__path__) if module.name != "__main__"
+    module.name
+    for module in pkgutil.walk_packages(sire_fast.__path__, "sire_fast.")
+    if module.name != "sire_fast.__main__"
 ]
 
 

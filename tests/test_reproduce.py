@@ -20,11 +20,11 @@ import pytest
 import torch
 
 import sire_fast
-from sire_fast import cli
-from sire_fast.paper import data, experiments, problems, report, reproduce, trials
-from sire_fast.paper.experiments import EXPERIMENTS
-from sire_fast.paper.trials import Trial
-from sire_fast.tasks import TASKS
+from sire_fast.lab import cli
+from sire_fast.lab.paper import data, experiments, problems, report, reproduce, trials
+from sire_fast.lab.paper.experiments import EXPERIMENTS
+from sire_fast.lab.paper.trials import Trial
+from sire_fast.lab.tasks import TASKS
 
 TINY = Trial("parity", hidden=4, steps=3, batch=4, examples=20, test_lengths=(4,))
 

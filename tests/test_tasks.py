@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sire_fast import swaps
+from sire_fast.lab.tasks import TASKS
 from sire_fast.reference import with_variants
-from sire_fast.tasks import TASKS
 
 EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 

@@ -16,9 +16,11 @@ import torch
 from torch import nn
 
 import sire_fast.__main__
-from sire_fast import backends, cli, train
-from sire_fast.tasks import TASKS
-from sire_fast.train import FILES, Config, Run, claim
+import sire_fast.lab
+from sire_fast import backends
+from sire_fast.lab import cli, train
+from sire_fast.lab.tasks import TASKS
+from sire_fast.lab.train import FILES, Config, Run, claim
 
 
 @pytest.fixture(autouse=True)
@@ -325,9 +327,9 @@ def test_ctrl_c_keeps_the_checkpoint():
 @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
 def test_without_the_extra(capsys, monkeypatch, missing):
     for name in [*sys.modules]:
-        if name.split(".")[0] == missing or name in ("sire_fast.cli", "sire_fast.train"):
+        if name.split(".")[0] == missing or name in ("sire_fast.lab.cli", "sire_fast.lab.train"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(sire_fast, "cli")
+    monkeypatch.delattr(sire_fast.lab, "cli")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit) as stopped:
         sire_fast.__main__.main()

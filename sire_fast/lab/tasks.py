@@ -1,6 +1,6 @@
 """Tasks with generated data: questions about a sequence of whole numbers whose answer ignores its order.
 
-A task is a few small functions; sire_fast.train holds the one loop that all of them share. All sequences of
+A task is a few small functions; sire_fast.lab.train holds the one loop that all of them share. All sequences of
 a batch have one length, so that it is dense. Parity and half-range follow the SIRE paper; sum, range and
 variance follow Murphy et al., "Janossy Pooling", ICLR 2019, but train on lengths 2..10, to look at longer ones.
 """

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from sire_fast import gpu
+from sire_fast.backends import gpu
 from sire_fast.cells import CELLS
 
 _INSTALLED = find_spec("triton") is not None
@@ -60,7 +60,6 @@ span_rows = gpu.span_rows
 def kept(
     cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the outputs `gates` and `spans`."""
     from sire_fast.kernels.cells import CELLS
 
     return gpu.kept(cell, CELLS[cell].kept, steps, batch, hidden, span_rows, train, recompute)
@@ -69,7 +68,6 @@ def kept(
 def forward(
     cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> None:
-    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     from sire_fast.kernels import launch
 
     gpu.check(train, inputs, outputs[-1])
@@ -83,8 +81,6 @@ def backward(
     inputs: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
-    gradients and what follows them in its schema, x to spans."""
     from sire_fast.kernels import launch
 
     launch.backward(cell, recompute, inputs, gradients)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sire_fast import gpu
+from sire_fast.backends import gpu
+from sire_fast.backends.gpu import Call
 from sire_fast.cells import CELLS
-from sire_fast.gpu import Call
 
 try:
     from sire_fast import _cuda
@@ -113,14 +113,12 @@ span_rows = gpu.span_rows
 def kept(
     cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the outputs `gates` and `spans`."""
     return gpu.kept(cell, _cuda.saved_gates(cell), steps, batch, hidden, span_rows, train, recompute)
 
 
 def forward(
     cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> None:
-    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     gpu.check(train, inputs, outputs[-1])
     x, w_ih, b_ih, *others = inputs
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
@@ -158,8 +156,6 @@ def backward(
     inputs: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
-    gradients and what follows them in its schema, x to spans."""
     d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = inputs
     x, w_ih, b_ih, *others, output, cells, gates, spans = inputs
     w_hh, b_hh, h0, c0, swaps, ends, lengths = others

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from sire_fast import baselines, benchmark, schedules
-from sire_fast.paper import data
-from sire_fast.paper.problems import Classes, LocalImages, Sequences
+from sire_fast import schedules
+from sire_fast.lab import baselines, benchmark
+from sire_fast.lab.paper import data
+from sire_fast.lab.paper.problems import Classes, LocalImages, Sequences
+from sire_fast.lab.tasks import TASKS
+from sire_fast.lab.train import CLIP, write
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
-from sire_fast.tasks import TASKS
-from sire_fast.train import CLIP, write
 
 AVERAGED = 0.998  # part of the averaged weights that a step keeps: they stand in for a schedule of the learning rate
 RECORDS = 50  # lines of history of a trial
@@ -39,7 +40,7 @@ class Trial:
     """Settings of one training.
 
     Attributes:
-        problem: a key of sire_fast.tasks.TASKS, "lp-mnist" or "points".
+        problem: a key of sire_fast.lab.tasks.TASKS, "lp-mnist" or "points".
         model: "rnn", "gru", "lstm", "janossy", "deepsets-" and one of baselines.REDUCTIONS, "sab", "isab" or "cnn".
         cell, hidden: of the recurrent model, whose number of parameters all but the CNN get.
         fresh: a new order of every example whenever it is seen.
@@ -174,7 +175,7 @@ def run(trial: Trial) -> dict[str, Any]:
             swapped += schedule.k * trial.batch
             schedule.step(*losses[-1])
         step += 1
-        with torch.no_grad():
+        with torch.no_grad():  # AveragedModel of torch's swa_utils would begin with the first step's weights
             torch._foreach_lerp_(*weights, 1 - min(AVERAGED, step / (step + 9)))
         seconds += time.process_time() - began
         reached = False
@@ -228,6 +229,7 @@ def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callab
             finished()
         return
     context = multiprocessing.get_context("spawn")
+    # joblib would be no shorter: its workers know as little of Ctrl-C, threads and trials
     with ProcessPoolExecutor(workers, context, initializer=_worker) as pool:
         futures = [pool.submit(_run_into, path, trial) for path, trial in waiting]
         try:

@@ -9,11 +9,12 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, Field, asdict, fields, replace
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import torch
 import typer
@@ -25,15 +26,17 @@ from rich.table import Column, Table
 from torch import distributed
 
 import sire_fast
-from sire_fast import backends, benchmark, cpu
-from sire_fast.benchmark import CONTESTANTS, DTYPES, Setting
+from sire_fast import backends
+from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
-from sire_fast.paper.experiments import cost_rounds
-from sire_fast.paper.report import rich_table
-from sire_fast.paper.reproduce import NAMES, PRESETS, plan, reproduce
-from sire_fast.tasks import TASKS
-from sire_fast.train import INSPECTED, LAYERS, Config, Run, by_first, claim, evaluate, of_all, write
+from sire_fast.lab import benchmark
+from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting
+from sire_fast.lab.paper.experiments import cost_rounds
+from sire_fast.lab.paper.report import rich_table
+from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
+from sire_fast.lab.tasks import TASKS
+from sire_fast.lab.train import INSPECTED, Config, Run, by_first, claim, evaluate, of_all, write
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
@@ -87,44 +90,48 @@ def _join_group() -> None:
     _console.quiet = distributed.get_rank() > 0
 
 
+def _with_options_of(settings: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command, in place of its ** parameter, an argument or option for each field of a dataclass, whose
+    annotations hold the help."""
+    hints = get_type_hints(settings, include_extras=True)
+
+    def parameter(field: Field) -> Parameter:
+        kind, told = get_args(hints[field.name])
+        required = field.default is MISSING
+        told = typer.Argument(help=told, show_default=False) if required else typer.Option(help=told)
+        default = Parameter.empty if required else field.default
+        return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told])
+
+    def extend(command: Callable[..., None]) -> Callable[..., None]:
+        *own, _ = signature(command, eval_str=True).parameters.values()
+        parameters = [*map(parameter, fields(settings)), *own]
+        command.__signature__ = Signature([p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters])
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return extend
+
+
 @app.command("train")
+@_with_options_of(Config)
 def train_command(
     context: typer.Context,
-    task: Annotated[str, typer.Argument(help=f"One of {', '.join(TASKS)}.", show_default=False)],
-    cell: Annotated[str, typer.Option(help=f"One of {', '.join(LAYERS)}.")] = Config.cell,
-    hidden: Annotated[int, typer.Option(help="Units of the recurrent layer.")] = Config.hidden,
-    swaps: Annotated[
-        str | None,
-        typer.Option(
-            help="Positions exchanged: none, uniform:4, adjacent:8, adjacent:all, window:4:3, blocks:4:0.5, "
-            "pairs:2:0-1,2-3; adaptive: before one lets their number follow the penalty. The task's own if not given."
-        ),
-    ] = None,
-    compare: Annotated[
-        str, typer.Option(help="Where states are compared: swap (after the pair) or end (of the sequence).")
-    ] = Config.compare,
-    weight: Annotated[float, typer.Option(help="Factor of the penalty.")] = Config.weight,
-    steps: Annotated[int, typer.Option(help="Steps of the optimiser.")] = Config.steps,
-    batch: Annotated[int, typer.Option(help="Sequences in a step.")] = Config.batch,
-    lr: Annotated[float, typer.Option(help="Learning rate of Adam.")] = Config.lr,
-    examples: Annotated[int, typer.Option(help="Size of the training set; 0: always new.")] = Config.examples,
-    seed: Annotated[int, typer.Option(help="Of the model, the data and the swaps.")] = Config.seed,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = Config.device,
     out: Annotated[Path | None, typer.Option(help="Directory for the run.", show_default="runs/TASK")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that the directory holds.")] = False,
+    **settings: Any,
 ) -> None:
     """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt.
 
     torchrun --nproc-per-node N -m sire_fast train ... splits every batch among N processes.
     """
+    task = settings["task"]
     with _bad_input():
         if resume:
             chosen = Run.load(resume)
             _check_resume(context, chosen, task)
         else:
-            config = Config(**{field.name: context.params[field.name] for field in fields(Config)})
-            chosen = Run(config, out or Path("runs", task))
+            chosen = Run(Config(**settings), out or Path("runs", task))
     if not resume:
         with _bad_input():
             by_first(lambda: claim(chosen.directory, force))

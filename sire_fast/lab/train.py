@@ -26,17 +26,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, distributed, nn
 
 import sire_fast
-from sire_fast import benchmark, schedules
-from sire_fast.modules import COMPARES
+from sire_fast import schedules
+from sire_fast.lab import benchmark
+from sire_fast.lab.tasks import TASKS, Task
+from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
-from sire_fast.tasks import TASKS, Task
 
 LAYERS = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 FILES = CHECKPOINT, HISTORY, RESULT, CURVES = "model.pt", "history.jsonl", "result.json", "curves.png"
@@ -57,40 +58,28 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run.
-
-    Attributes:
-        task: a key of sire_fast.tasks.TASKS.
-        cell: "rnn", "gru" or "lstm".
-        hidden: units of the recurrent layer, H.
-        swaps: which positions are exchanged, as sire_fast.schedules.parse reads it; "none" trains a plain layer;
-            None stands for the task's own choice.
-        compare: "end" or "swap", see sire_fast.RNN.
-        weight: factor of the penalty.
-        steps: number of optimiser steps.
-        batch: sequences in a step, of all processes together.
-        lr: learning rate of Adam.
-        examples: size of the training set, shared out evenly among the training lengths; 0 for new sequences at
-            every step.
-        seed: of the initial model, the training data and the swaps.
-        device: as torch names it.
+    """Settings of a run; `sire-fast train` has an option for each.
 
     Raises:
         ValueError: a setting has no such value, or the device cannot be used.
     """
 
-    task: str
-    cell: str = "gru"
-    hidden: int = 64
-    swaps: str | None = None
-    compare: str = "end"
-    weight: float = 0.1
-    steps: int = 4000
-    batch: int = 64
-    lr: float = 1e-3
-    examples: int = 0
-    seed: int = 0
-    device: str = "cpu"
+    task: Annotated[str, f"One of {', '.join(TASKS)}."]
+    cell: Annotated[str, f"One of {', '.join(LAYERS)}."] = "gru"
+    hidden: Annotated[int, "Units of the recurrent layer."] = 64
+    swaps: Annotated[
+        str | None,
+        "Positions exchanged: none, uniform:4, adjacent:8, adjacent:all, window:4:3, blocks:4:0.5, pairs:2:0-1,2-3; "
+        "adaptive: before one lets their number follow the penalty. The task's own if not given.",
+    ] = None
+    compare: Annotated[str, "Where states are compared: swap (after the pair) or end (of the sequence)."] = "end"
+    weight: Annotated[float, "Factor of the penalty."] = 0.1
+    steps: Annotated[int, "Steps of the optimiser."] = 4000
+    batch: Annotated[int, "Sequences in a step, of all processes together."] = 64
+    lr: Annotated[float, "Learning rate of Adam."] = 1e-3
+    examples: Annotated[int, "Size of the training set, evenly among the training lengths; 0: always new."] = 0
+    seed: Annotated[int, "Of the model, the data and the swaps."] = 0
+    device: Annotated[str, "As torch names it."] = "cpu"
 
     def __post_init__(self) -> None:
         for name, known in (("task", TASKS), ("cell", LAYERS), ("compare", COMPARES)):

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import sire_fast
-from sire_fast import cpu, swaps
+from sire_fast import swaps
+from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
-from sire_fast.modules import COMPARES
+from sire_fast.layers import COMPARES
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Sampler
 
@@ -422,6 +423,7 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
+    # py-cpuinfo gives the same name, after starting processes for a second
     try:
         model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

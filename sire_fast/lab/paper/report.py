@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
-from sire_fast.benchmark import CONTESTANTS
-from sire_fast.paper.experiments import Case, Experiment
+from sire_fast.lab.benchmark import CONTESTANTS
+from sire_fast.lab.paper.experiments import Case, Experiment
 
 _BANDS = 9  # most curves whose standard deviations are drawn: more bands hide each other
 BUDGETS = {"steps": "after equal steps", "seconds": "after equal time"}

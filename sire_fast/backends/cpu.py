@@ -64,7 +64,6 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 
 def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
-    """Steps of all spans together; a ValueError if a length, a swap or an end lies outside its sequence."""
     positions = [t.contiguous() for t in (swaps, ends, lengths)]
     rows = _C.span_rows(steps, *swaps.shape[:2], *(t.data_ptr() for t in positions))
     if rows < 0:
@@ -83,7 +82,6 @@ def kept(
 def forward(
     cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> None:
-    """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     x, *_, swaps, ends, lengths = inputs
     # here too, so that a compiled graph checks positions
     needed, rows = span_rows(x.shape[0], swaps, ends, lengths, None), outputs[-1].shape[0]
@@ -102,8 +100,6 @@ def backward(
     inputs: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    """Fill the outputs of the operator swap_rnn_backward, None where one is not wanted; the inputs are the incoming
-    gradients and what follows them in its schema, x to spans."""
     threads = torch.get_num_threads()
     _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from sire_fast import benchmark
-from sire_fast.benchmark import Setting
-from sire_fast.paper.trials import Trial
+from sire_fast.lab import benchmark
+from sire_fast.lab.benchmark import Setting
+from sire_fast.lab.paper.trials import Trial
 
 QUICK_SETTINGS = 2  # of an experiment in the quick preset
 

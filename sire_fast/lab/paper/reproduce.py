@@ -11,10 +11,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sire_fast.paper import data, experiments, report
-from sire_fast.paper.experiments import EXPERIMENTS, Case
-from sire_fast.paper.trials import Trial, run_all
-from sire_fast.train import write
+from sire_fast.lab.paper import data, experiments, report
+from sire_fast.lab.paper.experiments import EXPERIMENTS, Case
+from sire_fast.lab.paper.trials import Trial, run_all
+from sire_fast.lab.train import write
 
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")

@@ -8,7 +8,7 @@ A problem has, for the one loop in trials.py:
     reorder(x, generator) -> x            in a random order that leaves the answers alone
     penalty(model, through) -> scalar     of the model's last forward; through: as for sire_fast.penalty
     validate(model) -> float              the metric on examples that are neither trained nor tested on
-    evaluate(model) -> metrics, order_sensitivity   as sire_fast.train.evaluate
+    evaluate(model) -> metrics, order_sensitivity   as sire_fast.lab.train.evaluate
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sire_fast
-from sire_fast import swaps, train
-from sire_fast.baselines import shuffled
-from sire_fast.paper.data import Split, local_orders, neighbours
-from sire_fast.tasks import Task
+from sire_fast import swaps
+from sire_fast.lab import train
+from sire_fast.lab.baselines import shuffled
+from sire_fast.lab.paper.data import Split, local_orders, neighbours
+from sire_fast.lab.tasks import Task
 
 LOCAL_SWAPS = 1176  # 1.5 for each pixel of MNIST: with as many a CNN reaches 96 % and a row RNN 87 %, as published
 _CHUNK = 4096  # images perturbed at once: their swaps take memory
@@ -48,7 +49,7 @@ class Numbers(nn.Module):
 
 
 class Sequences:
-    """A task of sire_fast.tasks.
+    """A task of sire_fast.lab.tasks.
 
     Args:
         task: the task.

@@ -8,6 +8,8 @@ All map x (T, B, I) to outputs (B, O); those with an argument `lengths` (B) take
     torch.Size([5, 2])
 """
 
+# By hand, though torch_geometric.nn.aggr has models of these names: there Deep Sets reduce by a sum alone, the Set
+# Transformer has no ISAB, and both work on ragged batches, as nothing else here does.
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -19,9 +19,9 @@ from sire_fast.cells import CELLS
 FASTEST: dict[tuple[str, int, str, int], str] = {}
 
 
-def fastest(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> str | None:
+def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> str | None:
     """Who was measured to be the fastest on such a GPU; None if nobody has measured it."""
-    if not FASTEST or device.type != "cuda":
+    if not FASTEST or torch.device(device).type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
     padded = 1 << (hidden_size - 1).bit_length()
