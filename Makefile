@@ -4,11 +4,12 @@
 # make lint   ruff and clang-format; make format applies both
 PYTHON ?= python3
 BIN := .venv/bin
+CSRC := $(wildcard csrc/*.* csrc/cuda/*.*)
 
 .PHONY: demo test bench lint format clean
 
 # set up again only when what was installed has changed
-.venv/ready: pyproject.toml setup.py .constraints.txt $(wildcard csrc/*)
+.venv/ready: pyproject.toml setup.py .constraints.txt $(CSRC)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable ".[test,lint]"
 	touch $@
@@ -25,12 +26,12 @@ bench: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/* tests/*.h
+	$(BIN)/clang-format --dry-run --Werror $(CSRC) tests/*.h
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/* tests/*.h
+	$(BIN)/clang-format -i $(CSRC) tests/*.h
 
 clean:
 	rm -rf .venv build dist runs *.egg-info sire_fast/*.so

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
@@ -63,7 +64,7 @@ class BuildKernels(build_ext):
             return [o for objects in pool.map(compiled, INSTRUCTION_SETS) for o in objects]
 
     def compile_cuda(self, ext):
-        """csrc/cuda.cu as an object file; what does not compile costs this extension alone, with a warning."""
+        """csrc/cuda/launch.cu as an object file; what does not compile costs this extension alone, with a warning."""
         target = "build/cuda.o"  # where a wheel and an editable install both find it
         if os.path.exists(target) and all(os.path.getmtime(f) < os.path.getmtime(target) for f in ext.depends):
             return target
@@ -74,7 +75,7 @@ class BuildKernels(build_ext):
             codes.setdefault(PTX, []).append(f"compute_{PTX}")
             code = [f"-gencode=arch=compute_{c},code=[{','.join(kinds)}]" for c, kinds in codes.items()]
             flags = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-            subprocess.run([NVCC, *flags, *code, "-c", "csrc/cuda.cu", "-o", target], check=True)
+            subprocess.run([NVCC, *flags, *code, "-c", "csrc/cuda/launch.cu", "-o", target], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise CompileError(f"{NVCC}: {error}") from error
         return target
@@ -95,7 +96,7 @@ if NVCC and sys.platform.startswith("linux"):
         Pybind11Extension(
             "sire_fast._cuda",
             ["csrc/cuda_bindings.cpp"],
-            depends=["setup.py", "csrc/bindings.h", "csrc/cuda.cu", "csrc/cuda.h", "csrc/gpu.h", "csrc/cells.h"],
+            depends=["setup.py", "csrc/bindings.h", "csrc/cells.h", *sorted(glob("csrc/cuda/*.*"))],
             extra_compile_args=FLAGS,
             library_dirs=[os.path.join(root, "lib64")],
             libraries=["cudart_static", "dl", "pthread", "rt"],  # the driver itself is looked up when it is needed

@@ -1,7 +1,7 @@
-// The Python module sire_fast._cuda: numbers, addresses and a stream in, one of the kernels of cuda.h
+// The Python module sire_fast._cuda: numbers, addresses and a stream in, one of the kernels of cuda/api.h
 // started.
 #include "bindings.h"
-#include "cuda.h"
+#include "cuda/api.h"
 
 namespace py = pybind11;
 using namespace sire_fast;
@@ -27,7 +27,7 @@ Dtype dtype_of(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of sire_fast; called by sire_fast.cuda, which knows the order of the addresses.";
+  m.doc() = "CUDA kernels of sire_fast; called by sire_fast.backends.cuda, which knows the order of the addresses.";
 #ifdef SIRE_ON_HOST
   m.attr("device") = "cpu";
 #else

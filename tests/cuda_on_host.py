@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU, with gpu_on_host.h in place of csrc/gpu.h."""
+"""Builds the CUDA kernels for the CPU, with gpu_on_host.h in place of what csrc/cuda/gpu.h has for a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(folder: Path, extra: Sequence[str] = ("-O1", "-Werror")) -> Path:
     """The extension module, compiled into a folder."""
     target = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{path}" for path in (TESTS, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-    sources = [CSRC / "cuda.cu", CSRC / "cuda_bindings.cpp"]
+    sources = [CSRC / "cuda" / "launch.cu", CSRC / "cuda_bindings.cpp"]
     command = [os.environ.get("CXX", "g++"), *FLAGS, *extra, *includes, "-x", "c++", *sources, "-o", target]
     subprocess.run(command, check=True)
     return target

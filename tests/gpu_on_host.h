@@ -1,5 +1,5 @@
-// csrc/gpu.h for a CPU: threads of a block are fibers of one thread, which change at every barrier, so that
-// what the kernels compute, and where they read and write, can be tested without a GPU, under
+// csrc/cuda/gpu.h for a CPU: threads of a block are fibers of one thread, which change at every barrier, so
+// that what the kernels compute, and where they read and write, can be tested without a GPU, under
 // AddressSanitizer too.
 //
 // Clusters run one after the other, the blocks of one, or of a cooperative grid, together, in an order that

@@ -20,6 +20,7 @@ from sire_fast.backends import cuda, gpu
 from sire_fast.backends.cuda import Chip, Group
 from sire_fast.backends.gpu import Plan
 from sire_fast.cells import CELLS
+from sire_fast.passes import Network
 from sire_fast.swaps import Adjacent
 
 ROOT = Path(__file__).parent.parent
@@ -124,7 +125,7 @@ def test_auto_takes_what_was_measured(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
     layer = GRU(3, 100, swaps=Adjacent(1), device="meta")
-    monkeypatch.setattr(GRU, "_call", layer._call | {"device": torch.device("cuda")})
+    monkeypatch.setattr(Network, "call", layer._network.call | {"device": torch.device("cuda")})
     assert layer.backend == served
 
 

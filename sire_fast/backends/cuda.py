@@ -1,4 +1,4 @@
-"""The backend "cuda": hands tensors to the kernels of csrc/cuda.cu as raw pointers, on the current stream."""
+"""The backend "cuda": hands tensors to the kernels of csrc/cuda/ as raw pointers, on the current stream."""
 
 from __future__ import annotations
 

@@ -1,6 +1,10 @@
-// The few things of a GPU that cuda.cu uses, each behind one name. tests/gpu_on_host.h has the same for a
+// The few things of a GPU that the kernels use, each behind one name; tests/gpu_on_host.h has the same for a
 // CPU.
 #pragma once
+
+#ifndef __CUDACC__
+#include "gpu_on_host.h"
+#else
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -178,3 +182,9 @@ void launch(void (*kernel)(Call), const Grid& grid, uintptr_t stream, const Call
 }
 
 }  // namespace sire_fast::gpu
+
+#endif  // __CUDACC__
+
+namespace sire_fast::cuda {
+using namespace gpu;  // of whichever it was
+}

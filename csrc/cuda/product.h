@@ -1,0 +1,120 @@
+// The product of a step: W_hh, which stays in registers, with the operands in shared memory.
+#pragma once
+
+#include <cstdint>
+
+#include "api.h"
+#include "gpu.h"
+#include "layout.h"
+#include "place.h"
+
+namespace sire_fast::cuda {
+
+using Sum = float[4];  // a thread's part of a product: of each of two units two rows
+
+// A thread's words of a factor of a product.
+template <class E, int N>
+struct Factors {
+  const uint32_t (&words)[N];
+  SIRE_DEVICE Factors(const uint32_t (&words)[N]) : words(words) {}
+};
+// A float32 is the sum of two TF32 numbers, up to its last bits.
+template <int N>
+struct Factors<float, N> {
+  uint32_t words[N], small[N];
+  SIRE_DEVICE Factors(const uint32_t (&of)[N]) {
+    SIRE_EACH (n, N) {
+      const float rounded = to_tf32(from_bits(of[n]));
+      words[n] = bits(rounded);
+      small[n] = bits(to_tf32(from_bits(of[n]) - rounded));
+    }
+  }
+};
+
+// A thread with its part of W_hh, or of its transpose in the backward.
+template <class Cell, class E, bool kBackward>
+struct Product : Place<Cell, E, kBackward> {
+  using Base = Place<Cell, E, kBackward>;
+  using Base::each_row, Base::lane, Base::operand, Base::p, Base::part, Base::shared, Base::split,
+      Base::takes, Base::tile, Base::unit;
+  static constexpr int G = Cell::gates;
+  uint32_t w[G][kSlots][4];
+
+  SIRE_DEVICE explicit Product(const Pass& p) : Base(p) {
+    SIRE_EACH (g, G)
+      SIRE_EACH (slot, kSlots)
+        SIRE_EACH (r, 4) w[g][slot][r] = weight(g, slot, r);
+  }
+
+  SIRE_DEVICE uint32_t weight(int g, int slot, int r) const {
+    const int first = ((part * kSlots + slot) * kTileWords + lane % 4 + r / 2 * 4) * kFactors<E>;
+    const auto* w_hh = static_cast<const E*>(p.w_hh) + int64_t(g) * p.H * p.H;
+    uint32_t word = 0;
+    SIRE_EACH (n, kFactors<E>) {
+      const int k = first + n, of = unit + r % 2;
+      const int64_t at = kBackward ? int64_t(k) * p.H + of : int64_t(of) * p.H + k;
+      if (of < p.H && k < p.H) word |= bits(w_hh[at]) << 16 * n;
+    }
+    return word;
+  }
+
+  // Adds the product of W_hh, or its transpose, with the operands to sums; the whole sum is there for the
+  // rows that this thread takes.
+  SIRE_DEVICE void multiply(int buffer, Sum (&sums)[kTiles][G]) const {
+    const auto* words =
+        reinterpret_cast<const uint32_t*>(operand(buffer, 0, lane / 16 * kTile + lane % kTile)) +
+        part * kSlots * kTileWords + lane / 8 % 2 * 4;
+    const int field_words = kRows * shared.operand_stride / kFactors<E>;
+    SIRE_EACH (slot, kSlots) {
+      if (part * kSlots + slot >= split.sum) break;
+      SIRE_EACH (field, shared.kOperands) {
+        uint32_t b[kTiles][2];
+        load_fragments(b, words + field * field_words + slot * kTileWords);
+        const Factors<E, 2> of_b[kTiles] = {b[0], b[1]};
+        SIRE_EACH (of_field, G / shared.kOperands) {  // one gate's, or all gates of h
+          const int gate = field + of_field;
+          const Factors<E, 4> of_a(w[gate][slot]);
+          SIRE_EACH (n, kTiles) add(sums[n][gate], of_a, of_b[n]);
+        }
+      }
+    }
+    if (split.splits == 1) return;
+    const auto shared_sum = [&](int of, int n, int c, int g, int e) -> float& {
+      const int block = ((of * split.tiles + tile) * kTiles + n) * 2 + c;
+      return shared.sums[((block * G + g) * 2 + e) * 32 + lane];
+    };
+    SIRE_EACH (n, kTiles)
+      SIRE_EACH (c, 2)
+        if (!takes(n, c))
+          SIRE_EACH (g, G)
+            SIRE_EACH (e, 2) shared_sum(part, n, c, g, e) = sums[n][g][c + 2 * e];
+    barrier();
+    each_row([&](int n, int c, int) {
+      float total[G][2] = {};
+      SIRE_ROLLED
+      for (int of = 0; of < split.splits; ++of)  // in this order for all rows
+        SIRE_EACH (g, G)
+          SIRE_EACH (e, 2) total[g][e] += of == part ? sums[n][g][c + 2 * e] : shared_sum(of, n, c, g, e);
+      SIRE_EACH (g, G)
+        SIRE_EACH (e, 2) sums[n][g][c + 2 * e] = total[g][e];
+    });
+  }
+
+  // Adds one tile's product. That of the small parts of float32 is left out; the matrix unit cuts its sums
+  // off, so that these begin at 0 in each tile and are added with rounding.
+  SIRE_DEVICE void add(Sum& sum, const Factors<E, 4>& a, const Factors<E, 2>& b) const {
+    if constexpr (sizeof(E) == 4) {
+      Sum of_tile = {};
+      if (!p.tf32) {
+        mma(of_tile, a.small, b.words, E());
+        mma(of_tile, a.words, b.small, E());
+      }
+      mma(of_tile, a.words, b.words, E());
+      SIRE_EACH (e, 4) sum[e] += of_tile[e];
+    } else {
+      mma(sum, a.words, b.words, E());
+    }
+  }
+};
+
+}  // namespace sire_fast::cuda
