@@ -10,6 +10,12 @@ using namespace sire_fast;
 
 namespace {
 
+// What has to be there must not be null: tensors of a trace have no memory.
+template <class... P>
+void require(P*... pointers) {
+  if ((!pointers || ...)) throw py::value_error("sire_fast._C: a null pointer, of a tensor without memory");
+}
+
 using SizeTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
 
 template <class T>
@@ -18,6 +24,8 @@ void read_inputs(Inputs<T>& to, const SizeTuple& size, bool recompute, Reader& n
   to.recompute = recompute;
   next(to.x, to.w_ih, to.b_ih, to.w_hh, to.b_hh, to.start[0], to.start[1]);
   next(to.swaps.swaps, to.swaps.ends, to.swaps.lengths);
+  require(to.x, to.w_hh, to.start[0], to.swaps.lengths);
+  if (to.size.K) require(to.swaps.swaps, to.swaps.ends);
 }
 
 template <class T>
@@ -29,6 +37,7 @@ void run_forward(const Kernels<T>& kernels, int threads, bool train, bool recomp
   f.train = train;
   next_output(f.states[0], f.last[0], f.last[1], f.variants[0], f.penalty, f.states[1], f.variants[1],
               f.gates, f.spans);
+  require(f.states[0], f.last[0]);
   forward(kernels, f, threads);
 }
 
@@ -40,6 +49,7 @@ void run_backward(const Kernels<T>& kernels, int threads, bool recompute, const 
   next(g.d_states[0], g.d_last[0], g.d_last[1], g.d_variants[0], g.d_penalty, g.d_states[1], g.d_variants[1]);
   read_inputs(g, size, recompute, next);
   next(g.states[0], g.states[1], g.gates, g.spans);
+  require(g.states[0]);
   next_output(g.dx, g.dw_ih, g.db_ih, g.dw_hh, g.db_hh, g.d_start[0], g.d_start[1]);
   backward(kernels, g, threads);
 }
@@ -77,7 +87,9 @@ int64_t span_rows(int64_t T, int64_t B, int64_t K, const Swaps& s) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of sire_fast; called by sire_fast.cpu, which knows the order of the addresses.";
+  m.doc() =
+      "Compiled kernels of sire_fast; called by sire_fast.backends.cpu, which knows the order of the "
+      "addresses.";
   m.def("saved_gates", [] {
     py::dict saved;
     for (int n = 0; n < kCells; ++n) saved[kCellNames[n]] = instruction_set()->f32[n].saved;
@@ -101,6 +113,8 @@ PYBIND11_MODULE(_C, m) {
         [](uintptr_t p, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(p), bytes); });
   m.def("span_rows", [](int64_t T, int64_t B, int64_t K, uintptr_t swaps, uintptr_t ends, uintptr_t lengths) {
     const auto at = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
+    require(at(lengths));
+    if (K) require(at(swaps), at(ends));
     return span_rows(T, B, K, {at(swaps), at(ends), at(lengths)});
   });
   m.def("forward", [](const std::string& cell, const std::string& arithmetic, int threads, bool train,

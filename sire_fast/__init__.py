@@ -9,7 +9,7 @@ import warnings
 from sire_fast import backends, cells, functional, layers, passes, reference, schedules, swaps
 from sire_fast.backends import cpu
 from sire_fast.inspection import inspect
-from sire_fast.layers import GRU, LSTM, RNN, convert
+from sire_fast.layers import GRU, LSTM, RNN, convert, revert
 from sire_fast.penalties import penalty, swap_penalty
 
 __version__ = "0.1.0"
@@ -26,6 +26,7 @@ __all__ = [
     "passes",
     "penalty",
     "reference",
+    "revert",
     "schedules",
     "swap_penalty",
     "swaps",

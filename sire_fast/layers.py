@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from sire_fast import backends, passes
+from sire_fast import backends, ops, passes
+from sire_fast import swaps as samplers
 from sire_fast.cells import CELLS, States
+from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Weight, runs_again, warn
 from sire_fast.passes import Compared, Network, Pairs
-from sire_fast.reference import check_lengths
+from sire_fast.reference import check_lengths, has_values
 from sire_fast.swaps import Adjacent, Sampler
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
@@ -22,42 +24,60 @@ COMPARES = ("end", "swap")
 
 
 class _SwapLayer(nn.RNNBase):
-    """What the three layers share: a torch.nn layer with `swaps`, `compare` and the pass over the variants."""
+    """What makes a torch.nn layer one with swaps: it stands before torch's class among the bases."""
 
-    _torch_layer: type[nn.RNNBase]
     mode: str
     swaps: Sampler | None
     compare: str
     recompute: bool
-    _last: Compared | None
+    _ledger: Ledger
 
     def __init__(
         self,
         *args: Any,
         swaps: Sampler | None = None,
         compare: str = "end",
+        weight: Weight | None = None,
         recompute: bool = False,
         **kwargs: Any,
     ) -> None:
-        if "proj_size" in kwargs and self.mode != "LSTM":
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__(self.mode, *args, **kwargs)
-        self._set_swaps(swaps, compare, recompute)
+        super().__init__(*args, **kwargs)
+        self._set_swaps(swaps, compare, weight, recompute)
 
-    def _set_swaps(self, swaps: Sampler | None, compare: str, recompute: bool) -> None:
-        if swaps is not None and not callable(swaps):
-            raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
-        if compare not in COMPARES:
-            raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
-        self.swaps, self.compare, self.recompute, self._last = swaps, compare, recompute, None
+    def _set_swaps(self, swaps: Sampler | None, compare: str, weight: Weight | None, recompute: bool) -> None:
+        _check_settings(swaps, compare)
+        self._ledger = Ledger(weight)
+        self.swaps, self.compare, self.recompute, self._warned = swaps, compare, recompute, False
 
     def extra_repr(self) -> str:
         swaps = "" if self.swaps is None else f", swaps={self.swaps}, compare={self.compare}"
-        return super().extra_repr() + swaps + ", recompute=True" * self.recompute
+        weight = "" if self._ledger.weight is None else f", weight={self._ledger.weight}"
+        return super().extra_repr() + swaps + weight + ", recompute=True" * self.recompute
 
-    def __getstate__(self) -> dict[str, Any]:
-        # the last pass holds a graph, which neither copies nor pickles
-        return {**super().__getstate__(), "_last": None}
+    def __reduce_ex__(self, protocol: int) -> Any:
+        if type(self) in _made.values():  # no name leads to it
+            return _rebuilt, (_torch_class(type(self)), self.__getstate__())
+        return super().__reduce_ex__(protocol)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()
+        replica._ledger = self._ledger.of_this_thread()
+        return replica
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(f"torch.jit.script cannot compile {self}: {_REVERT}")
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao.quantization leaves at modules."""
+        if "_qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self._qconfig
+
+    @qconfig.setter
+    def qconfig(self, config: Any) -> None:
+        warn(f"torch.ao.quantization knows layers by their class and leaves {self} as it is: {_REVERT}")
+        self._qconfig = config
 
     def why_not_fused(self, batch: int | None = None) -> list[str]:
         """The reasons why this layer runs torch's own layer, or all steps of the stacked variants, in training, and not
@@ -100,22 +120,61 @@ class _SwapLayer(nn.RNNBase):
             lengths: of padded sequences, (B) int64 on any device, in any order; positions are drawn inside them, and
                 outputs behind them are 0. As good as packing, without it.
         """
-        self._last = None
-        swapping, network = self.swaps is not None and self.training, self._network
+        proxies = [a for a in (input, lengths, *(hx if isinstance(hx, tuple) else (hx,))) if isinstance(a, fx.Proxy)]
+        if proxies:  # a leaf, as torch's layers are
+            tracer, given = proxies[0].tracer, {"hx": hx} if lengths is None else {"hx": hx, "lengths": lengths}
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
+        swapping, exporting = self._swapping(), torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        if exporting and swapping:
+            raise RuntimeError(f"{self} cannot be exported in training mode: use model.eval(), or {_REVERT}")
+        network, eager = self._network, not torch.compiler.is_compiling()
         # a trace would have to be made again for other batch sizes
-        fixed = not swapping and lengths is None and isinstance(input, Tensor) and not torch.compiler.is_compiling()
+        fixed = not swapping and lengths is None and isinstance(input, Tensor) and eager
         reasons = passes.why_not_fused(network, swapping=swapping, batch=self._batch(input) if fixed else None)
         if reasons and backends.forced():
             raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
-        if reasons and not swapping and lengths is None:
-            return self._torch_layer.forward(self, input, hx)
+        empty = isinstance(input, Tensor) and 0 in input.shape[:-1]
+        # torch draws the dropout of packed layers for packed rows
+        packed = isinstance(input, PackedSequence) and self.training and self.num_layers > 1 and self.dropout > 0
+        if empty or ((reasons or exporting or packed) and not swapping and lengths is None):
+            output, last = super().forward(input, hx)
+            return self._without_variants(output, last) if swapping else (output, last)
         x, lengths, states, restore = self._unify(input, hx, lengths)
         if swapping:
             pairs = Pairs(self._draw(x, lengths), self.compare, self._longest)
-            output, last, self._last = passes.with_swaps(network, x, lengths, states, pairs)
+            output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)
         else:
             output, last = passes.plain(network, x, lengths, states, on_kernels=not reasons)
-        return restore(output, last)
+        node = output.grad_fn if eager else None
+        if swapping and eager:
+            weights = [w for layer in network.weights for direction in layer for w in direction]
+            output, last = self._ledger.enter(weights, compared, output, last)
+        elif swapping:
+            output, last = self._ledger.trace(compared, output, last)
+        output, last = restore(output, last)
+        ops.watch(node, output)
+        return output, last
+
+    def _without_variants(self, output: Tensor, last: Any) -> tuple[Tensor, Any]:
+        """Note a pass over no sequences."""
+        none = output.new_zeros(0, 1, output.shape[-1])
+        compared = Compared(none.sum(-1), output, none[..., 0].long(), none, None, None)
+        if torch.compiler.is_compiling():
+            output, last = self._ledger.trace(compared, output, last if self._two_states else (last,))
+        else:
+            output, last = self._ledger.enter([], compared, output, last if self._two_states else (last,))
+        return output, self._tuple(last)
+
+    def _swapping(self) -> bool:
+        """Whether a forward runs variants, now."""
+        if self.swaps is None or not self.training:
+            return False
+        if torch.is_grad_enabled():
+            return True
+        if not torch.compiler.is_compiling() and runs_again():
+            return True
+        self._ledger.skip(WITHOUT_GRADIENT)
+        return False
 
     def _batch(self, input: Tensor) -> int:
         return 1 if input.dim() < 3 else input.shape[0 if self.batch_first else 1]
@@ -151,17 +210,17 @@ class _SwapLayer(nn.RNNBase):
             hx = tuple(s.unsqueeze(1) for s in hx) if self._two_states else hx.unsqueeze(1)
         states = self._initial(x.transpose(0, 1) if self.batch_first else x, hx)
         self.check_forward_args(x, states if self._two_states else states[0], None)
-        if x.shape[0] == 0 or x.shape[1] == 0:
-            raise ValueError(f"{name}: expected at least one step and one sequence, got input {tuple(input.shape)}")
 
         def restore(output: Tensor, last: States) -> tuple[Any, Any]:
-            output = output.transpose(0, 1) if self.batch_first else output
+            # in place: what is returned must not be a view, which could not be detached in place
+            output = output.transpose_(0, 1) if self.batch_first else output
             if not batched:
-                output, last = output.squeeze(batch_dim), tuple(s.squeeze(1) for s in last)
+                output, last = output.squeeze_(batch_dim), tuple(s.squeeze_(1) for s in last)
             return output, self._tuple(last)
 
         x = x.transpose(0, 1) if self.batch_first else x
         if lengths is not None:
+            lengths = torch.as_tensor(lengths)
             check_lengths(*x.shape[:2], lengths)
             lengths = lengths.to(x.device, non_blocking=True)
         return x, lengths, states, restore
@@ -183,11 +242,23 @@ class _SwapLayer(nn.RNNBase):
     def _draw(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """Pairs (B, K, 2) from the sampler."""
         steps, batch, _ = x.shape
+        generator = self._ledger.generator
         if lengths is not None and isinstance(self.swaps, Adjacent) and self.swaps.k == "all":
             # as many as T has, whatever the lengths: a device need not be asked for their maximum
-            pairs = self.swaps(steps, batch, None, x.device)
-            return torch.where((pairs[..., 1] < lengths[:, None])[..., None], pairs, 0)
-        return self.swaps(steps if lengths is None else lengths, batch, None, x.device)  # type: ignore[misc]
+            pairs = self.swaps(steps, batch, generator, x.device)
+            pairs = torch.where((pairs[..., 1] < lengths[:, None])[..., None], pairs, 0)
+        else:
+            pairs = self.swaps(steps if lengths is None else lengths, batch, generator, x.device)  # type: ignore[misc]
+        if not self._warned and has_values(pairs):
+            nothing = steps < 2 or (pairs.device.type == "cpu" and torch.equal(pairs[..., 0], pairs[..., 1]))
+            if nothing:
+                self._warned = True
+                length = f"{steps} step{'s' * (steps > 1)}"
+                warn(
+                    f"{self}: nothing to swap in sequences of {length}, whose penalty is 0; give it whole sequences in "
+                    "one call, or convert it with swaps=None"
+                )
+        return pairs
 
     @property
     def _longest(self) -> int | None:
@@ -200,12 +271,13 @@ def _pack_as(like: PackedSequence, padded: Tensor) -> PackedSequence:
     """A padded (T, B, D) in the form of a packed input."""
     if like.sorted_indices is not None:
         padded = padded[:, like.sorted_indices]
-    step = torch.repeat_interleave(torch.arange(len(like.batch_sizes)), like.batch_sizes)
-    row = torch.cat([torch.arange(n) for n in like.batch_sizes.tolist()])
-    return like._replace(data=padded[step.to(padded.device), row.to(padded.device)])
+    step = torch.repeat_interleave(torch.arange(len(like.batch_sizes), device="cpu"), like.batch_sizes)
+    row = torch.cat([torch.arange(n, device="cpu") for n in like.batch_sizes.tolist()])
+    data = padded[step.to(padded.device), row.to(padded.device)]
+    return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
 
 
-class RNN(_SwapLayer):
+class RNN(_SwapLayer, nn.RNN):
     """torch.nn.RNN with a penalty on swaps of its inputs; arguments, state_dict, outputs and errors are torch's.
 
     Args:
@@ -213,10 +285,16 @@ class RNN(_SwapLayer):
         compare: "end" compares the states after the whole sequence, "swap" those after the later position of a pair.
             With several layers the output of the last is compared; with two directions the forward state after the
             pair, or at the end, and the backward state after the pair, or at the start.
+        weight: None where sire_fast.penalty(model) is added to the loss. Else the gradient of weight * penalty joins
+            in the backward of the layer's outputs: a number, a 0-d tensor, or a function that gives one of them and is
+            asked in every backward (a scheduler; under a loss scale, lambda: 0.1 * scaler.get_scale()).
         recompute: keep no gates for the backward but compute them again: less memory, more time (a fused layer's).
 
-    The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers. A sequence and
-    its variants share the dropout masks between layers.
+    The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers, in training mode
+    with gradients only. A sequence and its variants share the dropout masks between layers.
+
+    Raises:
+        ValueError: an argument is none of the expected.
 
     Example:
         >>> import torch, sire_fast
@@ -226,72 +304,123 @@ class RNN(_SwapLayer):
         torch.Size([])
     """
 
-    _torch_layer = nn.RNN
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        nonlinearity: str = "tanh",
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity, self.mode = nonlinearity, f"RNN_{nonlinearity.upper()}"
-        super().__init__(input_size, hidden_size, num_layers, *args, **kwargs)
-
-
-class GRU(_SwapLayer):
+class GRU(_SwapLayer, nn.GRU):
     """torch.nn.GRU with a penalty on swaps of its inputs; arguments, state_dict, outputs and errors are torch's.
 
-    `swaps`, `compare` and `recompute` are those of sire_fast.RNN.
+    `swaps`, `compare`, `weight` and `recompute` are those of sire_fast.RNN.
     """
 
-    _torch_layer = nn.GRU
-    mode = "GRU"
 
-
-class LSTM(_SwapLayer):
+class LSTM(_SwapLayer, nn.LSTM):
     """torch.nn.LSTM with a penalty on swaps of its inputs; arguments, state_dict, outputs and errors are torch's.
 
-    `swaps`, `compare` and `recompute` are those of sire_fast.RNN. The penalty compares h, the output; see
+    `swaps`, `compare`, `weight` and `recompute` are those of sire_fast.RNN. The penalty compares h, the output; see
     sire_fast.penalty for c.
     """
 
-    _torch_layer = nn.LSTM
-    mode = "LSTM"
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+
+# ---------------------------------------------------------------- from torch's layers, and back
+
+_REVERT = "sire_fast.revert(model) makes its layers torch.nn's own again, first"
+
+# torch's class -> that with swaps
+_classes: dict[type, type[_SwapLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
+# so for subclasses of torch's
+_made: dict[type, type[_SwapLayer]] = {}
 
 
-_CONVERTED: dict[type, type[_SwapLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
+def _swap_class(kind: type[nn.RNNBase]) -> type[_SwapLayer]:
+    """The class with swaps of torch's class or of a subclass of it, in whose order ours comes right before torch's."""
+    if kind in _classes:
+        return _classes[kind]
+    if kind not in _made:
+        ours = next(_classes[base] for base in kind.__mro__ if base in _classes)
+        names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        _made[kind] = types.new_class(kind.__name__, (kind, ours), exec_body=lambda body: body.update(names))
+    return _made[kind]
+
+
+def _torch_class(kind: type[_SwapLayer]) -> type[nn.RNNBase]:
+    """The class of torch's, or the subclass of it, that a class with swaps was made from."""
+    for torchs, ours in (*_classes.items(), *_made.items()):
+        if kind is ours:
+            return torchs
+    raise ValueError(f"model: {kind.__name__} is a subclass of a sire_fast layer, of which torch has none")
+
+
+def _class_of(module: nn.RNNBase, other: Callable[[type], type]) -> type:
+    """The other class that a module is to get."""
+    kind = type(module)
+    if not parametrize.is_parametrized(module):
+        return other(kind)
+    # torch made a class for this one module, whose base is the layer's and whose properties are the weights
+    members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, (other(kind.__bases__[0]),), members)
+
+
+def _rebuilt(kind: type[nn.RNNBase], state: dict[str, Any]) -> _SwapLayer:
+    """A layer of a class that `convert` has made, from a file."""
+    made = _swap_class(kind)
+    layer = made.__new__(made)
+    layer.__setstate__(state)
+    return layer
+
+
+# what a file of a whole model names; reading it runs nothing but what is written above
+torch.serialization.add_safe_globals(
+    [RNN, GRU, LSTM, Ledger, _rebuilt, *(s for s in vars(samplers).values() if isinstance(s, type))]
+)
+
+
+def _check_settings(swaps: Any, compare: str) -> None:
+    if swaps is not None and not callable(swaps):
+        raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
+    if compare not in COMPARES:
+        raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
+
+
+def _check_forward(name: str, module: nn.RNNBase) -> None:
+    """A ValueError if a layer does not run torch's own forward, which alone is known to be that of a recurrent layer.
+    That of a mixin, which knows no layer and so calls whichever comes behind it, finds ours there."""
+    kind, name = type(module), name or "the layer"
+    if "forward" in module.__dict__:
+        raise ValueError(f"model: the forward of {name} ({kind.__name__}) was replaced; convert the model before that")
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    if owner not in _classes and issubclass(owner, tuple(_classes)):
+        raise ValueError(
+            f"model: {name} is a {kind.__name__}, which has a forward of its own: derive {owner.__name__} from "
+            "sire_fast's layer, or use sire_fast.swap_penalty(model, x, swaps)"
+        )
 
 
 def convert(
     model: nn.Module,
     swaps: Sampler | None = Adjacent(8),  # noqa: B008
     compare: str = "swap",
+    weight: Weight | None = None,
     recompute: bool = False,
 ) -> nn.Module:
     """Make every torch.nn.RNN, GRU and LSTM of a model a sire_fast layer, in place.
 
-    The layers stay the objects they are: parameters, hooks, names in the state_dict and an optimiser's references
-    to the parameters remain valid. Layers that are sire_fast's already get the new settings.
+    The layers stay the objects they are, and torch's layers to isinstance: parameters, hooks, names in the state_dict
+    and an optimiser's references to the parameters remain valid. Subclasses of torch's layers that leave `forward`
+    alone become such layers, too. Layers that are sire_fast's already get the new settings.
 
     Args:
         model: a module that holds recurrent layers, or is one.
         swaps: sampler of the pairs, see sire_fast.swaps.
         compare: "swap" or "end", see sire_fast.RNN.
+        weight: of the penalty, which then joins by itself, see sire_fast.RNN; None to add sire_fast.penalty(model) to
+            the loss.
         recompute: see sire_fast.RNN.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: there is no recurrent layer in the model, or an argument is none of the expected.
+        ValueError: there is no recurrent layer in the model, one has a forward of its own, or an argument is none of
+            the expected; the model is as it was.
 
     Example:
         >>> import sire_fast
@@ -301,24 +430,46 @@ def convert(
           (0): GRU(3, 5, swaps=Uniform(k=4), compare=end)
         )
     """
-    found = [module for module in model.modules() if isinstance(module, (nn.RNN, nn.GRU, nn.LSTM, _SwapLayer))]
+    _check_settings(swaps, compare)
+    Ledger(weight)  # checks it
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.RNN, nn.GRU, nn.LSTM))]
     if not found:
-        raise ValueError("model: expected a torch.nn.RNN, GRU or LSTM in it, found none")
-    for module in found:
-        kind = type(module)
-        if isinstance(module, _SwapLayer):
-            module._set_swaps(swaps, compare, recompute)
-            continue
-        if parametrize.is_parametrized(module):
-            # torch made a class for this one module, whose base is the layer's and whose properties are the weights
-            base = _CONVERTED.get(kind.__bases__[0])
-            members = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-            converted = base and type(kind.__name__, (base,), members)
-        else:
-            converted = _CONVERTED.get(kind)
-        if converted is None:
-            warnings.warn(f"{kind.__name__} is a subclass of torch's layer and stays as it is", stacklevel=2)
-            continue
-        module.__class__ = converted
-        module._set_swaps(swaps, compare, recompute)
+        raise ValueError("model: expected a torch.nn.RNN, GRU or LSTM in it, found none (cells have no sequence)")
+    torchs = [(name, m) for name, m in found if not isinstance(m, _SwapLayer)]
+    for name, module in torchs:
+        _check_forward(name, module)
+    for _, module in torchs:
+        module.__class__ = _class_of(module, _swap_class)
+    for _, module in found:
+        module._set_swaps(swaps, compare, weight, recompute)
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Make every sire_fast layer of a model torch.nn's own layer again, in place: for export, quantisation and
+    deployment, and for files that are read where sire_fast is not installed.
+
+    The layers stay the objects they are, with the same parameters; their swaps and weights are forgotten. For a copy:
+    revert(copy.deepcopy(model)).
+
+    Args:
+        model: a module that holds sire_fast layers, or is one. Without any nothing happens.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: a layer is of a subclass of sire_fast's.
+
+    Example:
+        >>> import sire_fast
+        >>> type(revert(sire_fast.GRU(3, 5, swaps=sire_fast.swaps.Uniform(4)))) is nn.GRU
+        True
+    """
+    found = [m for m in model.modules() if isinstance(m, _SwapLayer)]
+    kinds = [_class_of(module, _torch_class) for module in found]
+    for module, kind in zip(found, kinds, strict=True):
+        for name in ("swaps", "compare", "recompute", "_warned", "_ledger", "_qconfig"):
+            module.__dict__.pop(name, None)
+        module.__class__ = kind
     return model

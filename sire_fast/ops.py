@@ -6,24 +6,26 @@ backend that was chosen before; which one is chosen, and the checks of shapes, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sire_fast import reference
 from sire_fast.backends import KERNELS
 from sire_fast.cells import CELLS
 from sire_fast.reference import SwapRNN
 
-_LIBRARY = torch.library.Library("sire_fast", "DEF")
-_LIBRARY.define(
+LIBRARY = torch.library.Library("sire_fast", "DEF")
+LIBRARY.define(
     "swap_rnn(str cell, str backend, str arithmetic, bool recompute, Tensor x, Tensor? w_ih, Tensor? b_ih, Tensor w_hh,"
     " Tensor? b_hh, Tensor h0, Tensor? c0, Tensor swaps, Tensor ends, Tensor lengths, SymInt span_rows, bool train)"
     " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor variants, Tensor penalty, Tensor cells, Tensor variant_cells,"
     " Tensor gates, Tensor spans)"
 )
-_LIBRARY.define(
+LIBRARY.define(
     "swap_rnn_backward(str cell, str backend, str arithmetic, bool recompute, Tensor?[] grads, Tensor x, Tensor? w_ih,"
     " Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, Tensor swaps, Tensor ends, Tensor lengths,"
     " Tensor output, Tensor cells, Tensor gates, Tensor spans, bool[] needs)"
@@ -55,9 +57,9 @@ def swap_rnn(
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
     rows = span_rows(backend, x.shape[0], swaps, ends, lengths, longest) if train else 0
     arithmetic = str(dtype).removeprefix("torch.")
-    *outputs, _, _ = torch.ops.sire_fast.swap_rnn.default(
-        cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train
-    )
+    # transforms of torch.func look into functions of autograd, not into operators
+    call = _SwapRNN.apply if torch._C._are_functorch_transforms_active() else torch.ops.sire_fast.swap_rnn.default
+    *outputs, _, _ = call(cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train)
     if outputs[0].dtype != dtype:  # but for the penalty: a mean of squares wants the digits
         outputs = [t if n == _PENALTY else t.to(dtype) for n, t in enumerate(outputs)]
     output, h_n, c_n, variants, penalty, cells, variant_cells = outputs
@@ -71,8 +73,8 @@ _PENALTY = SwapRNN._fields.index("penalty")
 
 def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
     """Rows for the steps of all variants' spans, which the forward keeps: the largest number that there can be where
-    reading the positions would stop a trace."""
-    if torch.compiler.is_compiling():
+    the positions cannot be read, in a trace."""
+    if torch.compiler.is_compiling() or not all(map(reference.has_values, (swaps, ends, lengths))):
         return swaps.shape[0] * swaps.shape[1] * (steps if longest is None else longest)
     return KERNELS[backend].span_rows(steps, swaps, ends, lengths, longest)
 
@@ -97,12 +99,37 @@ def _outputs(
     train: bool,
 ) -> tuple[Tensor, ...]:
     """The outputs, not filled; those that a call does not have are empty."""
+    _check(cell, backend, arithmetic, x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    *shapes, gates, spans = _shapes(cell, backend, recompute, x, h0, swaps, span_rows, train)
+    states = [x.new_empty(shape, dtype=wide) for shape in shapes]
+    return *states, x.new_empty(gates), x.new_empty(spans, dtype=wide)
+
+
+def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Tensor | None) -> None:
+    """A ValueError unless the kernels can read the inputs, of the operator's schema, as what they have to be: a graph
+    that was loaded from a file calls the operator itself."""
+    w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = others
+    reference.check_arguments(cell, x, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
+    if backend not in KERNELS:
+        raise ValueError(f"backend: expected one of {', '.join(KERNELS)}, got {backend!r}")
+    dtype, hidden = getattr(torch, arithmetic, None), h0.shape[1]
+    if isinstance(hidden, int):  # no symbol of a trace
+        call = {"cell": cell, "dtype": dtype, "device": x.device, "hidden_size": hidden}
+        if reasons := KERNELS[backend].why_not(**call):
+            raise NotImplementedError("; ".join(reasons))
+    if x.dtype != KERNELS[backend].computed_in(dtype):
+        raise ValueError(f"x: expected {KERNELS[backend].computed_in(dtype)} for {arithmetic}, got {x.dtype}")
+
+
+def _shapes(
+    cell: str, backend: str, recompute: bool, x: Tensor, h0: Tensor, swaps: Tensor, span_rows: int, train: bool
+) -> list[tuple[int, ...]]:
+    """Of the outputs of swap_rnn."""
     steps, batch, _ = x.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
-    gates, spans = KERNELS[backend].kept(cell, steps, batch, hidden, span_rows, train, recompute)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    shapes = (
+    return [
         (steps, batch, hidden),
         (batch, hidden),
         (batch, hidden) if has_cell else (0,),
@@ -110,10 +137,8 @@ def _outputs(
         (batch, n_variants),
         (steps, batch, hidden) if has_cell else (0,),
         (batch, n_variants, hidden) if has_cell else (0,),
-        spans,
-    )
-    *states, spans = (x.new_empty(shape, dtype=wide) for shape in shapes)
-    return *states, x.new_empty(gates), spans
+        *KERNELS[backend].kept(cell, steps, batch, hidden, span_rows, train, recompute),
+    ]
 
 
 @torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
@@ -128,30 +153,99 @@ _INPUTS = slice(4, 14)  # of the operator: x to lengths
 _DIFFERENTIABLE = 7  # its first inputs, and its first outputs; gates and spans are kept for the backward alone
 
 
+class Watch:
+    """Tells whether a tensor has been changed in place since, without holding its memory."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._empty = tensor.detach()  # has the tensor's version,
+        self._empty.data = tensor.new_empty(0)  # and none of its memory
+        self._version = self._empty._version
+
+    @property
+    def changed(self) -> bool:
+        return self._empty._version != self._version
+
+
 class _SwapRNN(torch.autograd.Function):
     """The gradient of swap_rnn. Registered by hand: through torch.library.register_autograd a call takes 50 us more,
-    as long as a small pass itself."""
+    as long as a small pass itself.
+
+    The backward reads the output, which belongs to the caller: one that has been changed in place is computed again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = torch.ops.sire_fast.swap_rnn.default(*arguments)
+            return torch.ops.sire_fast.swap_rnn.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
         h, _, _, _, _, cells, _, gates, spans = outputs
-        ctx.settings = arguments[: _INPUTS.start]
+        ctx.settings, ctx.watch = arguments[: _INPUTS.start], None
+        if reference.has_values(h):
+            ctx.watch = Watch(h)
+            h = h.data
+        else:  # where a trace or a transform follows every change
+            h = h.clone()
         ctx.save_for_backward(*arguments[_INPUTS], h, cells, gates, spans)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(gates, spans)
-        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         first = _INPUTS.start
         needs = ctx.needs_input_grad[first : first + _DIFFERENTIABLE]
+        *inputs, h, cells, gates, spans = ctx.saved_tensors
+        if ctx.watch and ctx.watch.changed:
+            h = torch.ops.sire_fast.swap_rnn.default(*ctx.settings, *inputs, 0, False)[0]
         computed = torch.ops.sire_fast.swap_rnn_backward.default(
-            *ctx.settings, grads[:_DIFFERENTIABLE], *ctx.saved_tensors, needs
+            *ctx.settings, grads[:_DIFFERENTIABLE], *inputs, h, cells, gates, spans, needs
         )
         wanted = (gradient if need else None for gradient, need in zip(computed, needs, strict=True))
         return *(None,) * first, *wanted, *(None,) * 5
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
+        return _each(_SwapRNN.apply, info, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_BACKWARD_ONCE)
+
+
+def watch(node: Any, output: Tensor) -> None:
+    """Make the node of a pass, if it is one of swap_rnn, look at what its output has become: another tensor with the
+    same memory, or one of another form."""
+    if _watching(node) and isinstance(output, Tensor):
+        node.watch = Watch(output)
+
+
+def changed(output: Tensor) -> bool:
+    """Whether the memory of a pass's output was changed in place."""
+    return _watching(output.grad_fn) and output.grad_fn.watch.changed
+
+
+def own_memory(output: Tensor) -> Tensor:
+    """The output of a pass for a caller who may change it: itself where its node would know, or else a copy."""
+    return output if _watching(output.grad_fn) else output.clone()
+
+
+def _watching(node: Any) -> bool:
+    return getattr(node, "watch", None) is not None
+
+
+def _each(call: Callable[..., Any], info: Any, in_dims: tuple, arguments: tuple) -> tuple[tuple[Tensor, ...], int]:
+    """A batching rule: one call behind the other."""
+
+    def taken(argument: Any, dim: Any, n: int) -> Any:
+        if dim is None:
+            return argument
+        if isinstance(dim, (list, tuple)):
+            return [taken(*each, n) for each in zip(argument, dim, strict=True)]
+        return argument.select(dim, n)
+
+    results = [call(*taken(arguments, in_dims, n)) for n in range(info.batch_size)]
+    return tuple(torch.stack(each) for each in zip(*results, strict=True)), 0
 
 
 @torch.library.impl("sire_fast::swap_rnn", "Autograd")
@@ -165,7 +259,16 @@ def _gradients(
 ) -> tuple[Tensor, ...]:
     """The gradients, not filled; those that are not needed are empty."""
     *kept, needs = arguments
-    x, w_ih, _, w_hh, _, h0 = kept[:6]
+    *inputs, h, cells, gates, spans = kept
+    x, w_ih, _, w_hh, _, h0, _, swaps = inputs[:8]
+    _check(cell, backend, arithmetic, *inputs)
+    expected = _shapes(cell, backend, recompute, x, h0, swaps, spans.shape[0], True)
+    given = [*(g.shape if g is not None else None for g in grads), h.shape, cells.shape, gates.shape, spans.shape]
+    for shape, of in zip(given, [*expected[:_DIFFERENTIABLE], expected[0], expected[5], *expected[-2:]], strict=True):
+        if shape is not None and shape != of:
+            raise ValueError(
+                f"swap_rnn_backward: expected a gradient or a kept tensor of shape {of}, got {tuple(shape)}"
+            )
     width = w_hh.shape[0]
     shapes = (x.shape, w_ih.shape if needs[1] else (), (width,), w_hh.shape, (width,), h0.shape, h0.shape)
     return tuple(h0.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -185,11 +288,17 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
+_BACKWARD_ONCE = (
+    "sire_fast: the kernels differentiate once, backwards; for gradients of gradients, or forward mode, use "
+    'sire_fast.backends.use("reference") or backend="reference"'
+)
+
+
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "sire_fast: the kernels differentiate once; for gradients of gradients use "
-        'sire_fast.backends.use("reference") or backend="reference"'
-    )
+    raise NotImplementedError(_BACKWARD_ONCE)
 
 
 torch.library.register_autograd("sire_fast::swap_rnn_backward", _no_second_gradient)
+torch.library.register_vmap(
+    "sire_fast::swap_rnn_backward", functools.partial(_each, torch.ops.sire_fast.swap_rnn_backward.default)
+)

@@ -230,7 +230,7 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
     compared = Compared(
         _distance(variants, base), base.transpose(0, 1), _numbered(variants), variants, cells, variant_cells
     )
-    return y[:, :, 0], tuple(s[:, :, 0] for s in final), compared
+    return y[:, :, 0].contiguous(), tuple(s[:, :, 0].contiguous() for s in final), compared
 
 
 # ---------------------------------------------------------------- one layer
@@ -318,7 +318,8 @@ def _outputs(runs: list[SwapRNN], lengths: Tensor | None) -> Tensor:
 def _last_states(runs: list[SwapRNN]) -> States:
     """The last states of all directions, (directions, B, H) each."""
     last = zip(*((run.h_n, run.c_n) for run in runs), strict=True)
-    return tuple(s[0][None] if len(s) == 1 else torch.stack(s) for s in last if s[0] is not None)
+    # in place, as torch has it: a view could not be detached in place
+    return tuple(s[0].unsqueeze_(0) if len(s) == 1 else torch.stack(s) for s in last if s[0] is not None)
 
 
 def _tracks(run: SwapRNN) -> States:

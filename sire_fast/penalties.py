@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from sire_fast import ops
 from sire_fast.layers import _SwapLayer
 from sire_fast.passes import Compared
 from sire_fast.reference import check_swaps, with_variants
@@ -14,10 +15,15 @@ from sire_fast.swaps import Sampler
 
 
 def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None, state: str = "output") -> Tensor:
-    """The swap penalty of a model's last forward.
+    """The swap penalty of a model's forwards, to be added to the loss between forward and backward.
 
     It is the mean over sequences and variants of the squared distance between what a layer computes for a sequence
-    and for its variant, summed over the layer's units, and over the layers of the model.
+    and for its variant, summed over the layer's units, and over the layers of the model. Of a layer that was called
+    several times all forwards count that no backward has come through yet (a checkpoint's second run is none); each
+    thread has its own. Reading it changes nothing.
+
+    Of layers whose penalty joins the loss by itself (`weight`) it is detached, for logging: that of the forwards up to
+    the last backward, also after it.
 
     Args:
         model: a module that holds sire_fast layers, or is one.
@@ -29,8 +35,9 @@ def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None,
         A scalar, differentiable. 0 if the model is in evaluation mode, in which no variants are run.
 
     Raises:
-        ValueError: the model has no sire_fast layer, has several and `through` is given, or `state` is unknown.
-        RuntimeError: no forward has been run in training mode, or no layer has swaps.
+        ValueError: the model has no sire_fast layer, has several and `through` is given, `state` is unknown, or
+            something else than h is asked of a layer whose weight joins by itself.
+        RuntimeError: no forward counts; the message says why.
         NotImplementedError: c is to be compared where torch does not tell it: after a swap inside an LSTM that is
             not fused.
 
@@ -47,31 +54,49 @@ def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None,
         raise ValueError(f"state: expected output or all, got {state!r}")
     if through is not None and len(layers) > 1:
         raise ValueError(f"through: expected a model with one sire_fast layer, got one with {len(layers)}")
-    passes = [(layer, layer._last) for layer in layers if layer._last is not None]
-    if not passes:
-        if not any(layer.training for layer in layers):
-            return layers[0].weight_hh_l0.new_zeros(())
-        if all(layer.swaps is None for layer in layers):
-            raise RuntimeError("penalty: no layer has swaps; see sire_fast.convert(model, swaps=...)")
-        raise RuntimeError("penalty: run a forward in training mode first")
-    first, *others = (_layer_penalty(layer, run, through, state) for layer, run in passes)
-    return sum(others, first)
+    training = [layer for layer in layers if layer.training]
+    if not training:
+        return layers[0].weight_hh_l0.new_zeros(())
+    swapping = [layer for layer in training if layer.swaps is not None]
+    if not swapping:
+        raise RuntimeError("penalty: no layer has swaps; see sire_fast.convert(model, swaps=...)")
+    each = [_layer_penalty(layer, through, state) for layer in swapping]
+    found = [p for p in each if p is not None]
+    if not found:
+        raise RuntimeError(f"penalty: {swapping[0]._ledger.told}")
+    return sum((p.to(found[0].device) for p in found[1:]), found[0])
 
 
-def _layer_penalty(layer: _SwapLayer, run: Compared, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
-    each, count = run.penalty, run.penalty.numel()
-    if through is not None and count:
+def _layer_penalty(layer: _SwapLayer, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor | None:
+    """The mean over all variants of the forwards that count; None if none does."""
+    if layer._ledger.joins:
+        if through is not None or state != "output":
+            raise ValueError("through, state: expected none for a layer whose weight joins by itself: it compares h")
+        return layer._ledger.joined()
+    each = [_pass_penalty(layer, compared, through, state) for compared in layer._ledger.counting()]
+    if len(each) < 2:  # the usual case, in the fewest operations
+        return (each[0].mean() if each[0].numel() else each[0].sum()) if each else None
+    total = sum((p.sum().to(each[0].device) for p in each[1:]), each[0].sum())
+    return total / max(sum(p.numel() for p in each), 1)
+
+
+def _pass_penalty(layer: _SwapLayer, run: Compared, through: Callable[[Tensor], Tensor] | None, state: str) -> Tensor:
+    """(B, K)"""
+    each = run.penalty
+    if through is not None and each.numel():
+        if ops.changed(run.output):
+            raise RuntimeError("through: the layer's output was changed in place, and cannot be compared any more")
         base, variants = run.original(run.output).unbind(1), run.variants.unbind(1)
         compared = _alike("through", through, [*base, *variants])
         each = _distances(compared[: len(base)], compared[len(base) :])
-    if state == "all" and layer.mode == "LSTM":
+    if state == "all" and layer.mode == "LSTM" and each.numel():
         if run.cells is None or run.variant_cells is None:
             raise NotImplementedError(
                 'state: "all" with compare="swap" needs c at every step, which this layer does not have: '
                 + "; ".join(layer.why_not_fused())
             )
         each = each + (run.variant_cells - run.original(run.cells)).square().sum(-1)
-    return each.mean() if count else each.sum()
+    return each
 
 
 def swap_penalty(
@@ -132,8 +157,9 @@ def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], 
     first, rest = fn(inputs[0]), inputs[1:]
     after = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
     batch = inputs[0].shape[dim]
-    if first.dim() == 0 or first.shape[0] != batch:
-        raise ValueError(f"{name}: expected a result of shape ({batch}, ...), got {tuple(first.shape)}")
+    if not isinstance(first, Tensor) or first.dim() == 0 or first.shape[0] != batch:
+        got = tuple(first.shape) if isinstance(first, Tensor) else f"a {type(first).__name__}"
+        raise ValueError(f"{name}: expected a result of shape ({batch}, ...), got {got}")
     if not rest:
         return [first]
     if all(torch.equal(a, b) for a, b in zip([before[0], *before[1]], [after[0], *after[1]], strict=True)):

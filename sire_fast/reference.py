@@ -213,5 +213,13 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
             )
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values that can be read, and is no stand-in of a trace (a fake tensor, say) or of a
+    transform of torch.func."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
 def _readable(positions: Tensor) -> bool:
-    return positions.device.type == "cpu" and not torch.compiler.is_compiling()
+    return positions.device.type == "cpu" and has_values(positions)

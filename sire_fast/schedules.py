@@ -211,6 +211,10 @@ class AdaptiveWeight(_Adaptive):
         (but once)."""
         return self._value()
 
+    def __call__(self) -> float:
+        """The same, for the argument `weight` of a layer or of sire_fast.convert."""
+        return self.weight
+
     def __repr__(self) -> str:
         return f"AdaptiveWeight(weight={self.weight:g})"
 

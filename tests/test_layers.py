@@ -243,7 +243,8 @@ def test_penalties_of_several_layers_add_up() -> None:
 
 def test_no_pair_to_swap_is_no_penalty() -> None:
     layer = sire_fast.GRU(4, 6, swaps=Adjacent("all"))
-    layer(torch.randn(1, 2, 4))
+    with pytest.warns(UserWarning, match="nothing to swap in sequences of 1 step"):
+        layer(torch.randn(1, 2, 4))
     assert sire_fast.penalty(layer).item() == 0
 
 
@@ -354,7 +355,7 @@ def test_refuses() -> None:
         sire_fast.GRU(4, 6, proj_size=2)
     with pytest.raises(ValueError, match="Unknown nonlinearity 'elu'"):
         sire_fast.RNN(4, 6, nonlinearity="elu")
-    with pytest.raises(ValueError, match="expected at least one step and one sequence"):
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):  # torch's own
         sire_fast.GRU(4, 6)(torch.randn(0, 2, 4))
     for options in ({}, {"num_layers": 2}):  # a sampler of one's own that is wrong, on both paths
         layer = sire_fast.GRU(4, 6, **options)
@@ -460,12 +461,7 @@ def test_convert_reaches_a_bare_layer_and_parametrized_ones() -> None:
     assert layer.parametrizations.weight_hh_l0.original1.grad.abs().sum() > 0
 
 
-def test_convert_names_what_it_leaves() -> None:
-    class Mine(nn.GRU):
-        pass
-
-    with pytest.warns(UserWarning, match="Mine is a subclass of torch's layer and stays as it is"):
-        sire_fast.convert(nn.Sequential(Mine(4, 6), nn.GRU(6, 6)))
+def test_convert_refuses_what_has_no_layer() -> None:
     with pytest.raises(ValueError, match=r"expected a torch\.nn\.RNN, GRU or LSTM in it, found none"):
         sire_fast.convert(nn.Linear(2, 2))
 
@@ -567,7 +563,8 @@ def test_torchs_own_layer_where_it_is_faster() -> None:
     assert sire_fast.GRU(3, 256).why_not_fused(batch=1) == []
 
     def fused(layer: nn.Module, x: Tensor) -> bool:
-        return "_SwapRNN" in str(layer(x)[0].grad_fn)
+        node = layer(x)[0].grad_fn
+        return "_SwapRNN" in str((node, *node.next_functions))
 
     assert fused(layer, x)
     layer.eval()

@@ -65,9 +65,10 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 
 def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
     positions = [t.contiguous() for t in (swaps, ends, lengths)]
-    rows = _C.span_rows(steps, *swaps.shape[:2], *(t.data_ptr() for t in positions))
+    rows = _C.span_rows(steps, *swaps.shape[:2], *_addresses(positions))
     if rows < 0:
         reference.check_positions(steps, swaps, ends, lengths)
+        raise ValueError("swaps, ends, lengths: expected 0 <= i <= j <= end < length <= T")  # of what a transform wraps
     return rows
 
 
@@ -83,10 +84,7 @@ def forward(
     cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> None:
     x, *_, swaps, ends, lengths = inputs
-    # here too, so that a compiled graph checks positions
-    needed, rows = span_rows(x.shape[0], swaps, ends, lengths, None), outputs[-1].shape[0]
-    if train and rows < needed:
-        raise ValueError(f"span_rows: expected at least {needed}, got {rows}")
+    _check_rows(x, swaps, ends, lengths, outputs[-1] if train else None)
     for large in outputs[-2:]:  # gates and spans
         _C.advise_huge_pages(large.data_ptr(), large.nbytes)
     threads = torch.get_num_threads()
@@ -100,8 +98,17 @@ def backward(
     inputs: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
 ) -> None:
+    _check_rows(inputs[7], *inputs[14:17], inputs[-1])
     threads = torch.get_num_threads()
     _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
+
+
+def _check_rows(x: Tensor, swaps: Tensor, ends: Tensor, lengths: Tensor, spans: Tensor | None) -> None:
+    """A ValueError if positions lie outside their sequences, or spans outside their tensor: a compiled graph asks
+    nobody before."""
+    needed = span_rows(x.shape[0], swaps, ends, lengths, None)
+    if spans is not None and spans.shape[0] < needed:
+        raise ValueError(f"span_rows: expected at least {needed}, got {spans.shape[0]}")
 
 
 def _size(x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Any, b_hh: Any, h0: Tensor, c0: Any, swaps: Tensor) -> Any:

@@ -1,0 +1,837 @@
+"""A layer of ours where torch's was: who it says it is, which forwards its penalty counts, what it returns, and what
+else programs do with recurrent layers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import threading
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import sire_fast
+from sire_fast import backends
+from sire_fast.swaps import Adjacent, Pairs, Uniform
+
+KINDS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+# one way through the code each
+OPTIONS: dict[str, dict[str, Any]] = {
+    "layer": {},
+    "first": {"batch_first": True},
+    "ways": {"bidirectional": True},
+    "layers": {"num_layers": 2},
+    "stacked": {"num_layers": 2, "bidirectional": True},
+}
+PAIRS = Pairs(2, [(0, 1), (1, 3)])  # a sampler whose draws hardly differ
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> type[nn.RNNBase]:
+    return KINDS[request.param]
+
+
+def _both(kind: type[nn.RNNBase], *args: Any, **options: Any) -> tuple[nn.RNNBase, nn.RNNBase]:
+    """Torch's layer, and one with the same weights that was converted."""
+    theirs = kind(*args, **options)
+    return theirs, sire_fast.convert(copy.deepcopy(theirs), swaps=PAIRS, compare="end")
+
+
+def _h(last: Any) -> Tensor:
+    return last[0] if isinstance(last, tuple) else last
+
+
+# ---------------------------------------------------------------- a layer is torch's layer
+
+
+def test_is_an_instance_of_torchs_class(kind: type[nn.RNNBase]) -> None:
+    theirs, ours = _both(kind, 3, 4)
+    assert isinstance(ours, kind)
+    assert isinstance(getattr(sire_fast, kind.__name__)(3, 4), kind)
+    others = [k for k in KINDS.values() if k is not kind]
+    assert not any(isinstance(ours, k) for k in others)
+
+    def told(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x)[0] + 1 if isinstance(layer, kind) else layer(x)[0]
+
+    torch._dynamo.reset()
+    x = torch.randn(5, 2, 3)
+    compiled = torch.compile(told, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ours, x), told(theirs, x))
+
+
+class Flexible(nn.LSTM):
+    """A layer with one method more."""
+
+    def zeros(self, batch: int) -> Tensor:
+        return torch.zeros(self.num_layers, batch, self.hidden_size)
+
+
+class Mixin(ABC, nn.RNNBase):
+    """Of libraries that write their own class over several of torch's, with a forward around whichever it is."""
+
+    @abstractmethod
+    def name(self) -> str: ...
+
+    def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        output, last = super().forward(x, hx=hx)
+        return 2 * output, last
+
+
+class Mixed(Mixin, nn.GRU):
+    def name(self) -> str:
+        return "mixed"
+
+
+class Residual(nn.GRU):
+    def forward(self, x: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        output, last = super().forward(x, hx)
+        return output + x, last
+
+
+class Deeper(Residual):
+    pass
+
+
+@pytest.mark.parametrize("made", [Flexible, Mixed])
+def test_subclasses_that_leave_forward_alone_are_converted(made: type[nn.RNNBase]) -> None:
+    layer, x = made(4, 4), torch.randn(5, 2, 4)
+    expected = layer(x)
+    weights = dict(layer.named_parameters())
+    assert sire_fast.convert(layer, swaps=PAIRS, compare="end") is layer
+    assert isinstance(layer, made)
+    assert isinstance(layer, sire_fast.layers._SwapLayer)
+    assert layer.zeros(2).shape == (1, 2, 4) if made is Flexible else layer.name() == "mixed"
+    torch.testing.assert_close(layer(x), expected)
+    assert sire_fast.penalty(layer) > 0
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(twin) is type(layer)
+        assert twin.swaps == PAIRS
+        torch.testing.assert_close(twin(x), expected)
+    assert type(sire_fast.revert(layer)) is made
+    assert all(weights[name] is p for name, p in layer.named_parameters())
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("made", [Residual, Deeper])
+def test_subclasses_with_a_forward_of_their_own_are_refused(made: type[nn.RNNBase]) -> None:
+    model = nn.ModuleDict({"first": nn.GRU(4, 4), "second": made(4, 4)})
+    with pytest.raises(ValueError, match=rf"model: second is a {made.__name__}, .*derive Residual from sire_fast's"):
+        sire_fast.convert(model)
+    assert type(model["first"]) is nn.GRU  # all or nothing
+
+
+def test_a_forward_replaced_on_the_object_is_refused() -> None:
+    layer = nn.GRU(4, 4)
+    layer.forward = lambda x: nn.GRU.forward(layer, x)
+    with pytest.raises(ValueError, match=r"the forward of the layer \(GRU\) was replaced; convert the model before"):
+        sire_fast.convert(layer)
+
+
+def test_errors_leave_the_model_as_it_was() -> None:
+    for options in ({"compare": "middle"}, {"swaps": 4}, {"weight": -1}, {"weight": "much"}, {"weight": torch.ones(2)}):
+        layer = nn.GRU(3, 4)
+        with pytest.raises(ValueError, match=f"{next(iter(options))}: expected"):
+            sire_fast.convert(layer, **options)
+        assert type(layer) is nn.GRU
+
+
+def test_parametrizations_come_and_go() -> None:
+    for first in (sire_fast.convert, lambda layer: layer):
+        layer = parametrizations.weight_norm(first(nn.GRU(3, 4)), "weight_hh_l0")
+        sire_fast.convert(layer, swaps=PAIRS)
+        x = torch.randn(5, 2, 3)
+        expected = layer(x)
+        assert isinstance(layer, sire_fast.GRU)
+        parametrize.remove_parametrizations(layer, "weight_hh_l0")
+        assert type(layer) is sire_fast.GRU
+        torch.testing.assert_close(layer(x), expected)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    sire_fast.revert(layer)
+    assert not isinstance(layer, sire_fast.GRU)
+    torch.testing.assert_close(layer(x), expected)
+    parametrize.remove_parametrizations(layer, "weight_hh_l0")
+    assert type(layer) is nn.GRU
+
+
+def test_a_model_is_read_with_torchs_classes_alone_allowed() -> None:
+    model = nn.Sequential(Flexible(3, 4), nn.LSTM(4, 5))
+    sire_fast.convert(model, swaps=Uniform(2), weight=0.1)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    allowed = [nn.Sequential, nn.LSTM, Flexible, set, dict]
+    with torch.serialization.safe_globals(allowed):
+        twin = torch.load(file, weights_only=True)
+    assert [type(m) for m in twin] == [type(m) for m in model]
+    assert twin[1].swaps == Uniform(2)
+    torch.testing.assert_close(twin[1](torch.ones(3, 2, 4))[0], model[1](torch.ones(3, 2, 4))[0])
+
+
+def test_revert_gives_torchs_layer_back(kind: type[nn.RNNBase]) -> None:
+    theirs, ours = _both(kind, 3, 4, num_layers=2)
+    before, parameters = set(vars(theirs)), list(ours.parameters())
+    assert sire_fast.revert(ours) is ours
+    assert type(ours) is kind
+    assert set(vars(ours)) == before
+    assert all(a is b for a, b in zip(parameters, ours.parameters(), strict=True))
+    assert sire_fast.revert(nn.Linear(2, 2)).weight.shape == (2, 2)
+
+    class Own(sire_fast.GRU):
+        pass
+
+    with pytest.raises(ValueError, match="Own is a subclass of a sire_fast layer"):
+        sire_fast.revert(Own(3, 4))
+
+
+def test_refusals_name_the_way_back() -> None:
+    layer = sire_fast.GRU(3, 4, swaps=PAIRS)
+    x = torch.randn(5, 2, 3)
+    with pytest.raises(RuntimeError, match=r"sire_fast\.revert\(model\)"):
+        torch.jit.script(layer)
+    with pytest.raises(RuntimeError, match=r"sire_fast\.revert\(model\)"):
+        torch.jit.trace(layer, x)
+    torch.jit.script(sire_fast.revert(copy.deepcopy(layer)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz.*:UserWarning")
+def test_quantisation_does_not_skip_a_layer_in_silence() -> None:
+    model = sire_fast.convert(nn.Sequential(nn.LSTM(3, 4)))
+    with pytest.warns(UserWarning, match=r"sire_fast.*torch\.ao\.quantization .*sire_fast\.revert\(model\)"):
+        torch.ao.quantization.quantize_dynamic(model, {nn.LSTM})
+    quantized = torch.ao.quantization.quantize_dynamic(sire_fast.revert(model), {nn.LSTM})
+    assert "Dynamic" in repr(quantized)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_traces_hold_torchs_own_layer(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    """A file that is read where sire_fast is not installed."""
+    _, ours = _both(kind, 3, 4, **options)
+    x = torch.randn(5, 2, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(ours.eval(), x)
+    assert "sire_fast" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(x), ours(x))
+
+
+def test_fx_has_it_as_a_leaf(kind: type[nn.RNNBase]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = kind(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0].relu()
+
+    model = Net()
+    theirs = torch.fx.symbolic_trace(model).graph
+    sire_fast.convert(model, swaps=PAIRS, compare="end")
+    traced = torch.fx.symbolic_trace(model)
+    assert [(n.op, str(n.target)) for n in traced.graph.nodes] == [(n.op, str(n.target)) for n in theirs.nodes]
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(traced(x), model(x))
+    assert sire_fast.penalty(traced) > 0
+
+
+# ---------------------------------------------------------------- which forwards the penalty counts
+
+
+def _penalty_of(layer: nn.Module, x: Tensor, **call: Any) -> Tensor:
+    """The penalty of one forward alone."""
+    twin = copy.deepcopy(layer)
+    twin(x, **call)
+    return sire_fast.penalty(twin)
+
+
+def _gradients(layer: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in layer.parameters()]
+
+
+@pytest.fixture
+def layer() -> sire_fast.GRU:
+    return sire_fast.GRU(3, 4, swaps=Adjacent("all"), compare="end").double()
+
+
+X, Y = (
+    torch.randn(n, b, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n, b in ((5, 2), (7, 3))
+)
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_all_calls_before_a_backward_count(layer: sire_fast.GRU, hold: bool) -> None:
+    """Siamese networks, graph layers; whether anybody holds what they returned or not."""
+    held = [layer(X), layer(Y)]
+    if not hold:
+        del held
+    alone = [_penalty_of(layer, x) for x in (X, Y)]
+    counts = [2 * 4, 3 * 6]
+    expected = sum(p * n for p, n in zip(alone, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(sire_fast.penalty(layer), expected)
+    torch.testing.assert_close(sire_fast.penalty(layer), expected)  # reading changes nothing
+
+
+def test_a_long_chain_of_calls_counts_whole(layer: sire_fast.GRU) -> None:
+    """Truncated back-propagation over a hundred pieces."""
+    state, outputs = None, []
+    for _ in range(100):
+        output, state = layer(X, state)
+        outputs.append(output)
+    assert len(layer._ledger.counting()) == 100
+    (torch.cat(outputs).sum() + sire_fast.penalty(layer)).backward()
+
+
+def test_what_was_differentiated_counts_no_more(layer: sire_fast.GRU) -> None:
+    layer(X)[0].sum().backward()
+    with pytest.raises(RuntimeError, match="has been differentiated already"):
+        sire_fast.penalty(layer)
+    layer(X)
+    sire_fast.penalty(layer).backward()
+    with pytest.raises(RuntimeError, match="has been differentiated already"):
+        sire_fast.penalty(layer)
+    layer(X)[0].sum().backward(retain_graph=True)
+    layer(Y)
+    torch.testing.assert_close(sire_fast.penalty(layer), _penalty_of(layer, Y))
+    layer.zero_grad()
+    layer(X)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(0.5)  # an optimiser's step: the graph of X can no longer be used
+    layer(Y)
+    torch.testing.assert_close(sire_fast.penalty(layer), _penalty_of(layer, Y))
+
+
+def test_two_tasks_in_turns_through_different_layers() -> None:
+    model = nn.ModuleDict({"a": nn.GRU(3, 4), "b": nn.LSTM(3, 4)}).double()
+    sire_fast.convert(model, swaps=Adjacent("all"))
+    for name in ("a", "b", "a", "b"):
+        output, _ = model[name](X)
+        penalty = sire_fast.penalty(model)
+        torch.testing.assert_close(penalty, _penalty_of(model[name], X))
+        (output.sum() + penalty).backward()
+
+
+@pytest.mark.parametrize("weight", [None, 0.1])
+def test_forwards_that_nobody_uses_hold_no_memory(layer: sire_fast.GRU, weight: float | None) -> None:
+    """A loop in training mode without a backward."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=weight)
+
+    def passes() -> int:
+        gc.collect()
+        return sum(isinstance(o, sire_fast.passes.Compared) for o in gc.get_objects())
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            layer(X)
+    assert passes() <= 4
+    assert bool(told) == (weight is None)
+    assert all("dropped" in str(w.message) for w in told)
+    layer(X)[0].sum().backward()
+    if weight is None:
+        del layer._ledger._state.forwards[:]
+    assert passes() <= 1
+
+
+def test_one_step_at_a_time_is_told_once(layer: sire_fast.GRU) -> None:
+    state = None
+    with pytest.warns(UserWarning, match="nothing to swap in sequences of 1 step, whose penalty is 0; give it") as told:
+        for x in X:
+            output, state = layer(x[None], state)
+    assert len(told) == 1
+    assert sire_fast.penalty(layer) == 0
+    (output.sum() + sire_fast.penalty(layer)).backward()
+
+
+def test_a_sampler_that_finds_nothing_is_told() -> None:
+    layer = sire_fast.GRU(3, 4, swaps=sire_fast.swaps.Blocks(2, [1, 2, 3, 4]))
+    with pytest.warns(UserWarning, match="nothing to swap in sequences of 5 steps"):
+        layer(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_drawn(layer: sire_fast.GRU, mode: Any) -> None:
+    layer.swaps = Uniform(3)
+    before = torch.get_rng_state()
+    with mode():
+        output, _ = layer(X)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(output, layer.eval()(X)[0])
+    layer.train()
+    with pytest.raises(RuntimeError, match=r"the last forward ran under torch\.no_grad\(\)"):
+        sire_fast.penalty(layer)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(layer: sire_fast.GRU, reentrant: bool, inside: bool) -> None:
+    layer.swaps = Uniform(2)
+    x = X.clone().requires_grad_()
+
+    def part(x: Tensor) -> Tensor:
+        loss = nn.functional.dropout(layer(x)[0], 0.5).sum()
+        return loss + sire_fast.penalty(layer) if inside else loss
+
+    results = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        loss = checkpoint(part, x, use_reentrant=reentrant) if use else part(x)
+        if not inside:
+            if use and reentrant:
+                with pytest.raises(RuntimeError, match="use_reentrant=True.* weight="):
+                    sire_fast.penalty(layer)
+                return
+            loss = loss + sire_fast.penalty(layer)
+        layer.zero_grad()
+        loss.backward()
+        results.append((loss.detach(), _gradients(layer)))
+        with pytest.raises(RuntimeError):
+            sire_fast.penalty(layer)
+    torch.testing.assert_close(*results)
+
+
+def test_threads_have_their_own(layer: sire_fast.GRU) -> None:
+    found, barrier = {}, threading.Barrier(2)
+
+    def run(name: str, x: Tensor) -> None:
+        layer(x)
+        barrier.wait()
+        found[name] = sire_fast.penalty(layer)
+
+    threads = [threading.Thread(target=run, args=each) for each in (("X", X), ("Y", Y))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(found["X"], _penalty_of(layer, X))
+    torch.testing.assert_close(found["Y"], _penalty_of(layer, Y))
+    with pytest.raises(RuntimeError, match="run a forward in training mode first"):
+        sire_fast.penalty(layer)
+
+
+@pytest.mark.parametrize("weight", [None, 0.5])
+def test_replicas_of_data_parallel_write_where_the_caller_reads(layer: sire_fast.GRU, weight: float | None) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+    expected = (_penalty_of(layer, X) * 8 + _penalty_of(layer, Y) * 18) / 26
+    replicas = [layer._replicate_for_data_parallel() for _ in range(2)]
+    for replica in replicas:
+        replica._parameters = dict(layer._parameters)
+        for name, parameter in layer._parameters.items():
+            setattr(replica, name, parameter)
+    threads = [threading.Thread(target=r, args=(x,)) for r, x in zip(replicas, (X, Y), strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(sire_fast.penalty(layer), expected)
+
+
+def test_no_sequences_are_no_penalty(kind: type[nn.RNNBase]) -> None:
+    """A graph without edges, the last shard."""
+    theirs, ours = _both(kind, 3, 4)
+    for shape in ((5, 0, 3), (0, 2, 3)):
+        x = torch.randn(shape)
+        try:
+            expected = theirs(x)
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError, match=str(error)[:30]):
+                ours(x)
+            continue
+        output, last = ours(x)
+        torch.testing.assert_close((output, last), expected)
+        assert sire_fast.penalty(ours) == 0
+        (output.sum() + sire_fast.penalty(ours)).backward()
+    ours(torch.randn(5, 2, 3))
+    assert sire_fast.penalty(ours) > 0
+
+
+# ---------------------------------------------------------------- the weight that joins by itself
+
+
+def _step(layer: nn.Module, x: Tensor) -> Tensor:
+    output, last = layer(x)
+    return output.square().sum() + _h(last).sum()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_weight_joins_as_if_it_were_added(kind: type[nn.RNNBase], options: dict[str, Any], compiled: bool) -> None:
+    _, ours = _both(kind, 3, 4, **options)
+    ours.double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+
+    def calls(layer: nn.Module) -> Tensor:
+        return _step(layer, x) + _step(layer, 2 * x)
+
+    results = []
+    for weight in (None, 0.3):
+        sire_fast.convert(ours, swaps=Adjacent("all"), compare="end", weight=weight)
+        ours.zero_grad()
+        torch._dynamo.reset()
+        run = torch.compile(calls, fullgraph=True, backend="aot_eager") if compiled else calls
+        for _ in range(2):  # gradients of two steps add up
+            loss = run(ours)
+            (loss + 0.3 * sire_fast.penalty(ours) if weight is None else loss).backward()
+        results.append(_gradients(ours))
+    torch.testing.assert_close(*results)
+    logged = sire_fast.penalty(ours)
+    assert not logged.requires_grad
+    twin = sire_fast.convert(copy.deepcopy(ours), swaps=Adjacent("all"), compare="end")
+    calls(twin)
+    torch.testing.assert_close(logged, sire_fast.penalty(twin).detach())
+
+
+@pytest.mark.parametrize("used", ["output", "last"])
+def test_a_weight_joins_whatever_is_used(kind: type[nn.RNNBase], used: str) -> None:
+    _, layer = _both(kind, 3, 4)
+    x = torch.randn(5, 2, 3)
+    results = []
+    for weight in (None, 0.3):
+        sire_fast.convert(layer, swaps=Adjacent("all"), weight=weight)
+        layer.zero_grad()
+        output, last = layer(x)
+        loss = output.sum() if used == "output" else _h(last).sum()
+        (loss + 0.3 * sire_fast.penalty(layer) if weight is None else loss).backward()
+        results.append(_gradients(layer))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("weight", [0.3, torch.tensor(0.3), lambda: 0.3, lambda: torch.tensor(0.3), 1])
+def test_what_a_weight_may_be(layer: sire_fast.GRU, weight: Any) -> None:
+    number = float(weight() if callable(weight) else weight)
+    (_step(layer, X) + number * sire_fast.penalty(layer)).backward()
+    expected = _gradients(layer)
+    layer.zero_grad()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+    _step(layer, X).backward()
+    torch.testing.assert_close(_gradients(layer), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_schedule_is_a_weight(layer: sire_fast.GRU) -> None:
+    schedule = sire_fast.schedules.AdaptiveWeight(0.1, smoothing=0)
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=schedule)
+    _step(layer, X).backward()
+    first = _gradients(layer)
+    schedule.step(1.0, 5 * sire_fast.penalty(layer).item() / sire_fast.penalty(layer).item())
+    assert schedule.weight == 0.5
+    layer.zero_grad()
+    _step(layer, X).backward()
+    assert not torch.allclose(first[1], _gradients(layer)[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_weight_joins_in_checkpoints(layer: sire_fast.GRU, reentrant: bool) -> None:
+    """Two of them, with dropout behind: the second run draws what the first has drawn."""
+    sire_fast.convert(layer, swaps=Uniform(2), weight=0.3)
+    x = X.clone().requires_grad_()
+
+    def part(x: Tensor) -> Tensor:
+        return nn.functional.dropout(layer(x)[0], 0.5).sum()
+
+    results = []
+    for use in (False, True):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        run: Callable[[Tensor], Tensor] = (lambda x: checkpoint(part, x, use_reentrant=reentrant)) if use else part
+        (run(x) + run(2 * x)).backward()
+        results.append((_gradients(layer), sire_fast.penalty(layer)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_weight_of_zero_only_watches() -> None:
+    """Losses, gradients and random numbers are those without sire_fast."""
+    theirs = nn.GRU(3, 4, num_layers=2, dropout=0.5)
+    ours = sire_fast.convert(copy.deepcopy(theirs), swaps=Uniform(3), weight=0)
+    x, results = torch.randn(5, 2, 3), []
+    for layer in (theirs, ours):
+        torch.manual_seed(0)
+        loss = sum(nn.functional.dropout(layer(x)[0], 0.5).square().sum() for _ in range(3))
+        loss.backward()
+        results.append((loss, _gradients(layer), torch.rand(3)))
+    torch.testing.assert_close(*results)
+    assert sire_fast.penalty(ours) > 0
+
+
+def test_through_is_not_for_a_weight_that_joins(layer: sire_fast.GRU) -> None:
+    sire_fast.convert(layer, weight=0.1)
+    layer(X)
+    with pytest.raises(ValueError, match="expected none for a layer whose weight joins by itself"):
+        sire_fast.penalty(layer, through=lambda h: h)
+
+
+# ---------------------------------------------------------------- what comes out of a layer
+
+
+def _uses() -> Iterator[tuple[str, Callable[[Tensor, Any], Tensor]]]:
+    yield "detach_", lambda output, last: output.sum() + _h(last).detach_().sum()
+    yield "detach output", lambda output, last: output.detach_().sum() + _h(last).sum()
+    yield "mul_", lambda output, last: output.mul_(torch.arange(output.numel()).view_as(output)).sum()
+    yield "relu_", lambda output, last: nn.functional.relu(output, inplace=True).square().sum() + _h(last).sum()
+    yield "zeros", lambda output, last: output[:, 1:].zero_().sum() + output.square().sum()
+    yield "assign", lambda output, last: (output.__setitem__((slice(None), slice(1, None)), 0.5), output.sin().sum())[1]
+    yield "state", lambda output, last: _h(last).add_(1).square().sum() + output.square().sum()
+
+
+@pytest.mark.parametrize("use", [use for _, use in _uses()], ids=[name for name, _ in _uses()])
+@pytest.mark.parametrize("form", ["plain", "swaps", "weight", "eval"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("kind", ["RNN", "GRU"], indirect=True)  # torch's own LSTM refuses most of it
+def test_outputs_may_be_changed_in_place(
+    kind: type[nn.RNNBase], options: dict[str, Any], form: str, use: Callable[[Tensor, Any], Tensor]
+) -> None:
+    theirs, ours = _both(kind, 3, 4, **options)
+    sire_fast.convert(ours, swaps=None if form == "plain" else PAIRS, weight=0.0 if form == "weight" else None)
+    x, results = torch.randn(5, 2, 3), []
+    for layer in (theirs, ours):
+        layer.double().train(form != "eval")
+        given = x.double().requires_grad_()
+        loss = use(*layer(given))
+        loss.backward()
+        results.append((loss, given.grad, _gradients(layer)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("form", ["plain", "swaps", "eval"])
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS.values(), {"proj_size": 3}, {"batch_first": True, "num_layers": 2, "bidirectional": True}],
+    ids=str,
+)
+def test_outputs_lie_in_memory_as_torchs(kind: type[nn.RNNBase], options: dict[str, Any], form: str) -> None:
+    if "proj_size" in options and kind is not nn.LSTM:
+        pytest.skip("LSTM's alone")
+    theirs, ours = _both(kind, 3, 4, **options)
+    sire_fast.convert(ours, swaps=None if form == "plain" else PAIRS)
+    for x in (torch.randn(5, 2, 3), torch.randn(5, 3)):
+        results = []
+        for layer in (theirs, ours):
+            output, last = layer.train(form != "eval")(x)
+            tensors = [output, *(last if isinstance(last, tuple) else (last,))]
+            results.append([(t.shape, t.is_contiguous(), t.dtype) for t in tensors])
+            for t in tensors:
+                t.detach_()
+        assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("given", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["plain", "swaps", "eval"])
+def test_dtypes_under_autocast_are_torchs(
+    kind: type[nn.RNNBase], dtype: torch.dtype, given: torch.dtype | None, form: str
+) -> None:
+    theirs, ours = _both(kind, 3, 4)
+    sire_fast.convert(ours, swaps=None if form == "plain" else PAIRS)
+    x = torch.randn(5, 2, 3, dtype=dtype)
+    h = None if given is None else torch.randn(1, 2, 4, dtype=given)
+    results = []
+    for layer in (theirs, ours):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            try:
+                output, last = layer.train(form != "eval")(x, (h, h) if h is not None and kind is nn.LSTM else h)
+                results.append([output.dtype, *(s.dtype for s in (last if isinstance(last, tuple) else (last,)))])
+            except (RuntimeError, ValueError) as error:
+                results.append(type(error))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("form", ["plain", "swaps", "eval"])
+def test_states_of_another_dtype_are_torchs_error(kind: type[nn.RNNBase], form: str) -> None:
+    theirs, ours = _both(kind, 3, 4)
+    sire_fast.convert(ours, swaps=None if form == "plain" else PAIRS)
+    h = torch.randn(1, 2, 4, dtype=torch.float64)
+    for layer in (theirs, ours):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer.train(form != "eval")(torch.randn(5, 2, 3), (h, h) if kind is nn.LSTM else h)
+
+
+def test_lengths_may_be_a_list(layer: sire_fast.GRU) -> None:
+    torch.testing.assert_close(layer.eval()(X, lengths=[3, 5]), layer(X, lengths=torch.tensor([3, 5])))
+
+
+def test_complex_layers_are_torchs(kind: type[nn.RNNBase]) -> None:
+    theirs, ours = _both(kind, 3, 4)
+    results = []
+    for layer in (theirs, sire_fast.convert(ours, swaps=None)):
+        layer.to(torch.complex64)
+        try:
+            results.append(layer(torch.ones(5, 2, 3, dtype=torch.complex64))[0])
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            results.append(type(error))
+    if isinstance(results[0], Tensor):
+        torch.testing.assert_close(*results)
+    else:
+        assert results[0] is results[1]
+
+
+def test_a_function_that_returns_two_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"fn: expected a result of shape \(2, \.\.\.\), got a tuple"):
+        sire_fast.swap_penalty(nn.GRU(3, 4), torch.randn(5, 2, 3), Uniform(2))
+
+
+# ---------------------------------------------------------------- packed, fake, functional
+
+
+@pytest.mark.parametrize("swaps", [None, PAIRS], ids=["plain", "swaps"])
+def test_compiles_with_packed_sequences(kind: type[nn.RNNBase], swaps: Any) -> None:
+    theirs, ours = _both(kind, 3, 4)
+    sire_fast.convert(ours, swaps=swaps)
+    x = torch.randn(5, 3, 3)
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, torch.tensor([5, 2, 4]), enforce_sorted=False)
+        output, last = layer(packed)
+        return output.data.sum() + _h(last).sum()
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(ours, x), run(theirs, x))
+
+
+def test_packed_sequences_need_no_default_device(kind: type[nn.RNNBase]) -> None:
+    theirs, ours = _both(kind, 3, 4)
+    packed = pack_padded_sequence(torch.randn(5, 3, 3), torch.tensor([5, 4, 2]))
+    with torch.device("meta"):
+        torch.testing.assert_close(ours(packed)[0].data, theirs(packed)[0].data)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_fake_tensors_have_no_values_to_read(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    """Estimators of memory."""
+    with FakeTensorMode():
+        theirs, ours = kind(3, 4, **options), getattr(sire_fast, kind.__name__)(3, 4, **options, swaps=Uniform(2))
+        x = torch.randn(5, 2, 3)
+        (expected, _), (output, _) = theirs(x), ours(x)
+        assert output.shape == expected.shape
+        (output.sum() + sire_fast.penalty(ours)).backward()
+        assert ours.weight_hh_l0.grad.shape == ours.weight_hh_l0.shape
+
+
+def test_the_operators_check_their_sizes() -> None:
+    """A graph that was loaded from a file calls them itself."""
+    from sire_fast import _C
+
+    t = torch.randn
+    inputs = [t(5, 2, 3), t(4, 3), None, t(4, 4), None, t(2, 4), None]
+    positions = [torch.zeros(2, 1, 2, dtype=torch.int64), torch.full((2, 1), 4), torch.full((2,), 5)]
+
+    def call(*changed: Any, arithmetic: str = "float32", rows: int = 0, train: bool = False) -> Any:
+        given = [*inputs, *positions]
+        for n, value in changed:
+            given[n] = value
+        settings = ("rnn_tanh", "cpu", arithmetic, False)
+        return torch.ops.sire_fast.swap_rnn(*settings, *given, rows, train), settings, given
+
+    call()
+    wrong = [
+        (0, t(5, 3, 3)),
+        (1, t(4, 2)),
+        (3, t(3, 1)),
+        (5, t(2, 3)),
+        (7, positions[0].int()),
+        (8, positions[2]),
+        (6, t(2, 4)),
+    ]
+    for change in wrong:
+        with pytest.raises(ValueError, match="expected"):
+            call(change)
+    for positions_of, value in (
+        (7, torch.tensor([[[3, 9]], [[0, 1]]])),
+        (8, torch.full((2, 1), 9)),
+        (9, torch.full((2,), 6)),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            call((positions_of, value))
+    with pytest.raises(ValueError, match="x: expected torch.float64"):
+        call(arithmetic="float64")
+    with pytest.raises(ValueError, match="span_rows: expected at least 2"):
+        call((7, torch.tensor([[[0, 1]], [[0, 1]]])), (8, torch.tensor([[0], [0]]) + 1), train=True)
+    outputs, settings, given = call(train=True)
+    h, cells, gates, spans = outputs[0], outputs[5], outputs[7], outputs[8]
+    grads = [t(5, 2, 4), *[None] * 6]
+    needs = [True] * 2 + [False] + [True] + [False] + [True, False]
+    torch.ops.sire_fast.swap_rnn_backward(*settings, grads, *given, h, cells, gates, spans, needs)
+    for gradient, state in ((t(4, 2, 4), h), (grads[0], h[:3])):
+        with pytest.raises(ValueError, match="expected a gradient or kept tensor"):
+            bad = [gradient, *grads[1:]]
+            torch.ops.sire_fast.swap_rnn_backward(*settings, bad, *given, state, cells, gates, spans, needs)
+    with pytest.raises(ValueError, match="null pointer"):
+        _C.span_rows(5, 2, 1, 0, 0, 0)
+    with pytest.raises(ValueError, match="null pointer"):
+        _C.forward("gru", "float32", 1, False, False, (5, 2, 0, 4, 0), [0] * 10, [0] * 9)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_transforms_of_functions(kind: type[nn.RNNBase], options: dict[str, Any]) -> None:
+    theirs, ours = _both(kind, 3, 4, **options)
+    theirs.double(), sire_fast.convert(ours, swaps=None).double()
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    tangent = torch.randn_like(x)
+
+    def loss(layer: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,))[0].sin().sum()
+
+    results = []
+    for layer in (theirs, ours):
+        parameters = {name: p.detach() for name, p in layer.named_parameters()}
+        of_x = lambda x, layer=layer, parameters=parameters: torch.func.functional_call(layer, parameters, (x,))[0][
+            0, 0
+        ]  # noqa: E731
+        results.append((
+            torch.func.grad(loss, 1)(layer, parameters, x),
+            torch.func.vjp(of_x, x)[1](torch.ones(of_x(x).shape, dtype=x.dtype)),
+            torch.func.jacrev(of_x)(x),
+            torch.func.vmap(of_x)(torch.stack((x, 2 * x))),
+            torch.func.vmap(torch.func.grad(loss, 1), (None, None, 0))(layer, parameters, torch.stack((x, 2 * x))),
+        ))  # fmt: skip
+    torch.testing.assert_close(*results)
+    with pytest.raises(NotImplementedError, match=r'sire_fast\.backends\.use\("reference"\)'):
+        torch.func.jvp(of_x, (x,), (tangent,))
+    with backends.use("reference"):
+        if not ours.why_not_fused():
+            torch.testing.assert_close(torch.func.jvp(of_x, (x,), (tangent,))[1].shape, of_x(x).shape)
+
+
+def test_transforms_with_swaps(layer: sire_fast.GRU) -> None:
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        output, _ = torch.func.functional_call(layer, parameters, (x,))
+        return output.square().sum() + sire_fast.penalty(layer)
+
+    found = torch.func.grad(loss)(parameters, X)
+    (layer(X)[0].square().sum() + sire_fast.penalty(layer)).backward()
+    torch.testing.assert_close([*found.values()], _gradients(layer))
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=1.0)
+    joined = torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,))[0].square().sum())(parameters, X)
+    torch.testing.assert_close(joined, found)
+
+
+def test_ensembles() -> None:
+    """torch's recipe for many models at once: vmap over the weights."""
+    models = [sire_fast.GRU(3, 4).double() for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    run = torch.func.vmap(lambda p, b, x: torch.func.functional_call(base, (p, b), (x,))[0], (0, 0, None))
+    torch.testing.assert_close(run(parameters, buffers, X), torch.stack([m(X)[0] for m in models]))
+
+
+def test_order_of_the_swaps_does_not_depend_on_the_way() -> None:
+    """The same seed, the same swaps: in eager mode, twice, and for the plain layer nothing."""
+    layer, drawn = sire_fast.GRU(3, 4, swaps=Uniform(2)), []
+    for _ in itertools.repeat(None, 2):
+        torch.manual_seed(3)
+        layer(torch.ones(7, 2, 3) * torch.arange(7)[:, None, None])
+        drawn.append(sire_fast.penalty(layer).item())
+    assert drawn[0] == drawn[1]
