@@ -75,17 +75,23 @@ def swap_rnn(
     Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
+    given = h0.dtype
     x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
+    # under autocast on a CPU torch's GRU, which adds to its states, gives results of their dtype
+    wide = cell == "gru" and h0.device.type == "cpu"
+    dtype = torch.promote_types(given, h0.dtype) if wide else h0.dtype
     reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if longest is not None and longest < 1:
         raise ValueError(f"longest: expected at least 1, got {longest}")
     name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1])
     if name == "reference":
         return reference.swap_rnn(
-            cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
+            cell, x_proj, w_hh, b_hh, h0.to(dtype), c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
         )
     ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
-    return ops.swap_rnn(cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, longest)
+    return ops.swap_rnn(
+        cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, longest, dtype
+    )
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -79,6 +79,10 @@ class _SwapLayer(nn.RNNBase):
         warn(f"torch.ao.quantization knows layers by their class and leaves {self} as it is: {_REVERT}")
         self._qconfig = config
 
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self._qconfig
+
     def why_not_fused(self, batch: int | None = None) -> list[str]:
         """The reasons why this layer runs torch's own layer, or all steps of the stacked variants, in training, and not
         a fused kernel over what the variants change; none if it does.
@@ -134,6 +138,8 @@ class _SwapLayer(nn.RNNBase):
         if reasons and backends.forced():
             raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
         empty = isinstance(input, Tensor) and 0 in input.shape[:-1]
+        if not empty and hx is not None and not self._fits(hx):
+            return super().forward(input, hx)  # which has an error for it
         # torch draws the dropout of packed layers for packed rows
         packed = isinstance(input, PackedSequence) and self.training and self.num_layers > 1 and self.dropout > 0
         if empty or ((reasons or exporting or packed) and not swapping and lengths is None):
@@ -164,6 +170,11 @@ class _SwapLayer(nn.RNNBase):
         else:
             output, last = self._ledger.enter([], compared, output, last if self._two_states else (last,))
         return output, self._tuple(last)
+
+    def _fits(self, hx: Any) -> bool:
+        """Whether initial states have the dtype of the weights, as they must except under autocast."""
+        weight, states = self.weight_hh_l0, hx if isinstance(hx, (tuple, list)) else (hx,)
+        return all(s.dtype == weight.dtype for s in states) or torch.is_autocast_enabled(weight.device.type)
 
     def _swapping(self) -> bool:
         """Whether a forward runs variants, now."""

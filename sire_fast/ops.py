@@ -6,7 +6,6 @@ backend that was chosen before; which one is chosen, and the checks of shapes, a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,8 +47,10 @@ def swap_rnn(
     ends: Tensor,
     lengths: Tensor,
     longest: int | None,
+    result: torch.dtype,
 ) -> SwapRNN:
-    """The pass on a chosen backend, for arguments whose shapes fit; see sire_fast.functional.swap_rnn."""
+    """The pass on a chosen backend, for arguments whose shapes fit; see sire_fast.functional.swap_rnn. All but the
+    penalty comes in the dtype `result`."""
     dtype, computed = x.dtype, KERNELS[backend].computed_in(x.dtype)
     tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -60,8 +61,8 @@ def swap_rnn(
     # transforms of torch.func look into functions of autograd, not into operators
     call = _SwapRNN.apply if torch._C._are_functorch_transforms_active() else torch.ops.sire_fast.swap_rnn.default
     *outputs, _, _ = call(cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train)
-    if outputs[0].dtype != dtype:  # but for the penalty: a mean of squares wants the digits
-        outputs = [t if n == _PENALTY else t.to(dtype) for n, t in enumerate(outputs)]
+    if outputs[0].dtype != result:  # but for the penalty: a mean of squares wants the digits
+        outputs = [t if n == _PENALTY else t.to(result) for n, t in enumerate(outputs)]
     output, h_n, c_n, variants, penalty, cells, variant_cells = outputs
     if CELLS[cell].states == 1:
         return SwapRNN(output, h_n, None, variants, penalty, None, None)
@@ -198,9 +199,9 @@ class _SwapRNN(torch.autograd.Function):
         *inputs, h, cells, gates, spans = ctx.saved_tensors
         if ctx.watch and ctx.watch.changed:
             h = torch.ops.sire_fast.swap_rnn.default(*ctx.settings, *inputs, 0, False)[0]
-        computed = torch.ops.sire_fast.swap_rnn_backward.default(
-            *ctx.settings, grads[:_DIFFERENTIABLE], *inputs, h, cells, gates, spans, needs
-        )
+        arguments = (*ctx.settings, needs, *grads[:_DIFFERENTIABLE], *inputs, h, cells, gates, spans)
+        call = _SwapRNNBackward.apply if torch._C._are_functorch_transforms_active() else _backward_of
+        computed = call(*arguments)
         wanted = (gradient if need else None for gradient, need in zip(computed, needs, strict=True))
         return *(None,) * first, *wanted, *(None,) * 5
 
@@ -210,7 +211,36 @@ class _SwapRNN(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(_BACKWARD_ONCE)
+        raise NotImplementedError(_ONCE)
+
+
+def _backward_of(cell: str, backend: str, arithmetic: str, recompute: bool, needs: Any, *tensors: Any) -> Any:
+    grads, kept = tensors[:_DIFFERENTIABLE], tensors[_DIFFERENTIABLE:]
+    return torch.ops.sire_fast.swap_rnn_backward.default(cell, backend, arithmetic, recompute, grads, *kept, needs)
+
+
+class _SwapRNNBackward(torch.autograd.Function):
+    """The operator of the gradient for transforms of torch.func, which look into functions of autograd alone."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _backward_of(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise NotImplementedError(_ONCE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
+        return _each(_SwapRNNBackward.apply, info, in_dims, arguments)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_ONCE)
 
 
 def watch(node: Any, output: Tensor) -> None:
@@ -266,9 +296,7 @@ def _gradients(
     given = [*(g.shape if g is not None else None for g in grads), h.shape, cells.shape, gates.shape, spans.shape]
     for shape, of in zip(given, [*expected[:_DIFFERENTIABLE], expected[0], expected[5], *expected[-2:]], strict=True):
         if shape is not None and shape != of:
-            raise ValueError(
-                f"swap_rnn_backward: expected a gradient or a kept tensor of shape {of}, got {tuple(shape)}"
-            )
+            raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of shape {of}, got {tuple(shape)}")
     width = w_hh.shape[0]
     shapes = (x.shape, w_ih.shape if needs[1] else (), (width,), w_hh.shape, (width,), h0.shape, h0.shape)
     return tuple(h0.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
@@ -288,17 +316,14 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-_BACKWARD_ONCE = (
+_ONCE = (
     "sire_fast: the kernels differentiate once, backwards; for gradients of gradients, or forward mode, use "
     'sire_fast.backends.use("reference") or backend="reference"'
 )
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(_BACKWARD_ONCE)
+    raise NotImplementedError(_ONCE)
 
 
 torch.library.register_autograd("sire_fast::swap_rnn_backward", _no_second_gradient)
-torch.library.register_vmap(
-    "sire_fast::swap_rnn_backward", functools.partial(_each, torch.ops.sire_fast.swap_rnn_backward.default)
-)

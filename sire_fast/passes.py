@@ -256,10 +256,10 @@ def _run(
     swaps = torch.empty(x.shape[1], 0, 2, dtype=torch.int64, device=x.device) if pairs is None else pairs.swaps
     return functional.swap_rnn(
         network.cell,
-        x.to(w_hh.dtype),  # under autocast the layers before may have lowered it
+        x,
         w_hh,
         b_hh,
-        *(s.to(w_hh.dtype) for s in states),
+        *states,
         swaps=swaps,
         ends=ends,
         lengths=lengths,
