@@ -98,9 +98,10 @@ class Round:
 
 
 class _State:
-    """What a thread has of a ledger."""
+    """What a thread has of a ledger, it and those that run replicas for it."""
 
     def __init__(self) -> None:
+        self.lock = threading.Lock()
         self.forwards: list[Forward] = []
         self.round = Round()
         # of passes that are run again, in a backward; that will be, in a checkpoint without gradients; or that live
@@ -138,7 +139,8 @@ class Ledger:
             )
         self.weight = weight
         self.joins = weight is not None
-        self.traced: tuple[Compared, ...] = ()  # of the last run of a compiled function
+        # of the last run of a compiled function: what its forwards compare, or else their notes
+        self.traced: tuple[Any, ...] = ()
         # a weight of 0 only watches: no random number of the program's is taken for it
         watching = isinstance(weight, Real) and weight == 0
         self.generator = torch.Generator().manual_seed(torch.initial_seed()) if watching else None
@@ -196,28 +198,30 @@ class Ledger:
         if output.grad_fn is not None:
             output.grad_fn.compared = compared
             forward.node = weakref.ref(output.grad_fn)
-        state.passing.clear()
-        state.forwards = [f for f in state.forwards if not f.over]
-        state.forwards.append(forward)
-        _let_go(state.forwards)
+        with state.lock:
+            state.passing.clear()
+            state.forwards = [f for f in state.forwards if not f.over]
+            state.forwards.append(forward)
+            _let_go(state.forwards)
         return output, tuple(last)
 
     def _note(self, penalty: Tensor) -> Round:
         """The round of a forward, which is counted unless a backward runs it again."""
         state = self._state
-        if not _in_backward():
-            if state.round.differentiated:
-                state.round = Round()
-            state.round.add(penalty)
-        return state.round
+        with state.lock:
+            if not _in_backward():
+                if state.round.differentiated:
+                    state.round = Round()
+                state.round.add(penalty)
+            return state.round
 
     def trace(self, compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
         """The same in a function that is being compiled."""
-        if self.joins:
-            output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
-            return output, tuple(last)
-        self.traced = (compared,) if _first_in_trace(self) else (*self.traced, compared)
-        return output, last
+        kept: Any = compared
+        if self.joins:  # as a result of the graph the note cannot be put off until the backward
+            kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
+        self.traced = (kept,) if _first_in_trace(self) else (*self.traced, kept)
+        return output, tuple(last)
 
     # ---------------------------------------------------------------- the penalty's side
 
@@ -293,7 +297,7 @@ def runs_again() -> bool:
 
 def warn(message: str) -> None:
     """Warn at the line of the program that has called a layer."""
-    frame, level = sys._getframe(1), 2
+    frame, level = sys._getframe(1), 3
     while frame.f_back and frame.f_back.f_globals.get("__name__", "").partition(".")[0] in ("sire_fast", "torch"):
         frame, level = frame.f_back, level + 1
     warnings.warn(f"sire_fast: {message}", stacklevel=level)
@@ -353,12 +357,14 @@ ops.LIBRARY.define("share(Tensor gradient, Tensor round, int ledger) -> Tensor",
 class _GiveTraced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: int, penalty: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+        noted = torch.ops.sire_fast.note(penalty, ledger)
         ctx.ledger, ctx.shape = ledger, penalty.shape
-        ctx.save_for_backward(torch.ops.sire_fast.note(penalty, ledger))
-        return tuple(t.clone() for t in results)
+        ctx.save_for_backward(noted)
+        ctx.mark_non_differentiable(noted)
+        return noted, *(t.clone() for t in results)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         share = torch.ops.sire_fast.share(grads[0], *ctx.saved_tensors, ctx.ledger)
         return None, share.expand(ctx.shape), *grads
 
