@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from sire_fast import backends, ops, passes
 from sire_fast import swaps as samplers
 from sire_fast.cells import CELLS, States
-from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Weight, runs_again, warn
+from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Weight, in_backward, runs_again, warn
 from sire_fast.passes import Compared, Network, Pairs
 from sire_fast.reference import check_lengths, has_values
 from sire_fast.swaps import Adjacent, Sampler
@@ -128,53 +128,66 @@ class _SwapLayer(nn.RNNBase):
         if proxies:  # a leaf, as torch's layers are
             tracer, given = proxies[0].tracer, {"hx": hx} if lengths is None else {"hx": hx, "lengths": lengths}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
-        swapping, exporting = self._swapping(), torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-        if exporting and swapping:
-            raise RuntimeError(f"{self} cannot be exported in training mode: use model.eval(), or {_REVERT}")
-        network, eager = self._network, not torch.compiler.is_compiling()
+        if not self._swapping():
+            return self._plain(input, hx, lengths)
+        if self._ledger.watcher is None or torch.compiler.is_compiling():
+            return self._with_variants(input, hx, lengths)
+        if not in_backward():
+            self._watch(input, hx, lengths)
+        return self._plain(input, hx, lengths)
+
+    def _plain(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> tuple[Any, Any]:
+        """Torch's layer, on our kernels where they serve."""
+        network = self._network
         # a trace would have to be made again for other batch sizes
-        fixed = not swapping and lengths is None and isinstance(input, Tensor) and eager
-        reasons = passes.why_not_fused(network, swapping=swapping, batch=self._batch(input) if fixed else None)
-        if reasons and backends.forced():
-            raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
-        empty = isinstance(input, Tensor) and 0 in input.shape[:-1]
-        if not empty and hx is not None and not self._fits(hx):
-            return super().forward(input, hx)  # which has an error for it
-        # torch draws the dropout of packed layers for packed rows
+        fixed = lengths is None and isinstance(input, Tensor) and not torch.compiler.is_compiling()
+        reasons = passes.why_not_fused(network, swapping=False, batch=self._batch(input) if fixed else None)
+        _refuse_if_forced(reasons)
+        # a file is to be read where sire_fast is not installed; torch draws the dropout of packed rows, not of padded
+        exporting = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
         packed = isinstance(input, PackedSequence) and self.training and self.num_layers > 1 and self.dropout > 0
-        if empty or ((reasons or exporting or packed) and not swapping and lengths is None):
-            output, last = super().forward(input, hx)
-            return self._without_variants(output, last) if swapping else (output, last)
+        if self._is_torchs(input, hx) or (lengths is None and (reasons or exporting or packed)):
+            return super().forward(input, hx)
         x, lengths, states, restore = self._unify(input, hx, lengths)
-        if swapping:
-            pairs = Pairs(self._draw(x, lengths), self.compare, self._longest)
-            output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)
-        else:
-            output, last = passes.plain(network, x, lengths, states, on_kernels=not reasons)
-        node = output.grad_fn if eager else None
-        if swapping and eager:
-            weights = [w for layer in network.weights for direction in layer for w in direction]
-            output, last = self._ledger.enter(weights, compared, output, last)
-        elif swapping:
-            output, last = self._ledger.trace(compared, output, last)
-        output, last = restore(output, last)
-        ops.watch(node, output)
-        return output, last
+        output, last = passes.plain(network, x, lengths, states, on_kernels=not reasons)
+        return _returned(output, output, last, restore)
 
-    def _without_variants(self, output: Tensor, last: Any) -> tuple[Tensor, Any]:
-        """Note a pass over no sequences."""
-        none = output.new_zeros(0, 1, output.shape[-1])
-        compared = Compared(none.sum(-1), output, none[..., 0].long(), none, None, None)
-        if torch.compiler.is_compiling():
-            output, last = self._ledger.trace(compared, output, last if self._two_states else (last,))
-        else:
+    def _with_variants(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> tuple[Any, Any]:
+        """The layer and its swapped variants, which the ledger is told of."""
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            raise RuntimeError(f"{self} cannot be exported in training mode: use model.eval(), or {_REVERT}")
+        network = self._network
+        _refuse_if_forced(passes.why_not_fused(network, swapping=True))
+        if self._is_torchs(input, hx):
+            output, last = super().forward(input, hx)
+            none = output.new_zeros(0, 1, output.shape[-1])
+            compared = Compared(none.sum(-1), output, none[..., 0].long(), none, None, None)
             output, last = self._ledger.enter([], compared, output, last if self._two_states else (last,))
-        return output, self._tuple(last)
+            return output, self._tuple(last)
+        x, lengths, states, restore = self._unify(input, hx, lengths)
+        pairs = Pairs(self._draw(x, lengths), self.compare, self._longest)
+        output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)
+        weights = [w for layer in network.weights for direction in layer for w in direction]
+        return _returned(output, *self._ledger.enter(weights, compared, output, last), restore)
 
-    def _fits(self, hx: Any) -> bool:
-        """Whether initial states have the dtype of the weights, as they must except under autocast."""
+    @torch.no_grad()
+    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> None:
+        """Tell the ledger the penalty, and leave no trace: the random numbers of dropout are drawn again afterwards."""
+        if self._is_torchs(input, hx):
+            return
+        x, lengths, states, _ = self._unify(input, hx, lengths)
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            pairs = Pairs(self._draw(x, lengths, self._ledger.watcher), self.compare, self._longest)
+            self._ledger.watch(passes.with_swaps(self._network, x, lengths, states, pairs)[-1].penalty)
+
+    def _is_torchs(self, input: Tensor | PackedSequence, hx: Any) -> bool:
+        """Whether torch's own forward is to answer: with an error, where the states' dtype does not fit, or with empty
+        tensors."""
+        if isinstance(input, Tensor) and 0 in input.shape[:-1]:
+            return True
         weight, states = self.weight_hh_l0, hx if isinstance(hx, (tuple, list)) else (hx,)
-        return all(s.dtype == weight.dtype for s in states) or torch.is_autocast_enabled(weight.device.type)
+        fits = all(s is None or s.dtype == weight.dtype for s in states)
+        return not fits and not torch.is_autocast_enabled(weight.device.type)
 
     def _swapping(self) -> bool:
         """Whether a forward runs variants, now."""
@@ -250,10 +263,9 @@ class _SwapLayer(nn.RNNBase):
         h = x.new_zeros(layers, x.shape[1], self.proj_size or self.hidden_size)
         return (h, x.new_zeros(layers, x.shape[1], self.hidden_size)) if self._two_states else (h,)
 
-    def _draw(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+    def _draw(self, x: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
         """Pairs (B, K, 2) from the sampler."""
         steps, batch, _ = x.shape
-        generator = self._ledger.generator
         if lengths is not None and isinstance(self.swaps, Adjacent) and self.swaps.k == "all":
             # as many as T has, whatever the lengths: a device need not be asked for their maximum
             pairs = self.swaps(steps, batch, generator, x.device)
@@ -276,6 +288,20 @@ class _SwapLayer(nn.RNNBase):
         """Steps of the longest span that the sampler can give."""
         reach = getattr(self.swaps, "reach", None) if self.compare == "swap" else None
         return None if reach is None else reach + 1
+
+
+def _refuse_if_forced(reasons: list[str]) -> None:
+    if reasons and backends.forced():
+        raise NotImplementedError(f"{backends.forced()}: cannot run this layer: {'; '.join(reasons)}")
+
+
+def _returned(run: Tensor, output: Tensor, last: States, restore: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Results in the form of the input. They share the memory of those of the pass, `run`, which has to know when a
+    program changes them in place."""
+    result = restore(output, last)
+    if not torch.compiler.is_compiling():
+        ops.watch(run.grad_fn, result[0])
+    return result
 
 
 def _pack_as(like: PackedSequence, padded: Tensor) -> PackedSequence:

@@ -89,12 +89,13 @@ class Round:
 
     def __init__(self) -> None:
         self.differentiated = False
-        self.count, self.total = 0, torch.zeros(())
+        self.count, self.total = 0, None
         self.key = next(_keys)
 
     def add(self, penalty: Tensor) -> None:
         self.count += penalty.numel()
-        self.total = penalty.detach().sum() + self.total.to(penalty.device)
+        more = penalty.detach().sum()
+        self.total = more if self.total is None else more + self.total.to(more.device)
 
 
 class _State:
@@ -122,7 +123,7 @@ class Ledger:
         weight: None where the caller adds the penalty to the loss.
 
     Attributes:
-        generator: of the swaps; None for torch's own.
+        watcher: of a weight of 0, which looks at the penalty and changes nothing: the source of its swaps.
 
     Raises:
         ValueError: it is no weight.
@@ -141,9 +142,8 @@ class Ledger:
         self.joins = weight is not None
         # of the last run of a compiled function: what its forwards compare, or else their notes
         self.traced: tuple[Any, ...] = ()
-        # a weight of 0 only watches: no random number of the program's is taken for it
-        watching = isinstance(weight, Real) and weight == 0
-        self.generator = torch.Generator().manual_seed(torch.initial_seed()) if watching else None
+        watches = isinstance(weight, Real) and weight == 0
+        self.watcher = torch.Generator().manual_seed(torch.initial_seed()) if watches else None
         self.key = next(_keys)
         self._local, self._shared = _Local(), None
         _ledgers[self.key] = self
@@ -172,9 +172,11 @@ class Ledger:
         self._state.told = told
 
     def enter(self, weights: list[Tensor], compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
-        """Note a pass, in eager mode. Returns what the layer is to return: a backward through it ends the pass, and
-        there the weight joins."""
-        state, rerun = self._state, _in_backward()
+        """Note a pass. Returns what the layer is to return: a backward through it ends the pass, and there the weight
+        joins."""
+        if torch.compiler.is_compiling():
+            return self._trace(compared, output, last)
+        state, rerun = self._state, in_backward()
         transformed = torch._C._are_functorch_transforms_active()
         state.told = _OVER
         if self.joins:
@@ -205,18 +207,22 @@ class Ledger:
             _let_go(state.forwards)
         return output, tuple(last)
 
+    def watch(self, penalty: Tensor) -> None:
+        """Note a penalty that joins nowhere."""
+        self._state.round = Round()
+        self._state.round.add(penalty)
+
     def _note(self, penalty: Tensor) -> Round:
         """The round of a forward, which is counted unless a backward runs it again."""
         state = self._state
         with state.lock:
-            if not _in_backward():
+            if not in_backward():
                 if state.round.differentiated:
                     state.round = Round()
                 state.round.add(penalty)
             return state.round
 
-    def trace(self, compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
-        """The same in a function that is being compiled."""
+    def _trace(self, compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
         kept: Any = compared
         if self.joins:  # as a result of the graph the note cannot be put off until the backward
             kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
@@ -237,7 +243,7 @@ class Ledger:
         if state.passing:
             passing = list(state.passing)
             state.passing.clear()
-            if _in_backward() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            if in_backward() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
                 return passing
             raise RuntimeError(f"penalty: {_REENTRANT}")
         self.traced = tuple(c for c in self.traced if not _freed(c.penalty))
@@ -278,7 +284,7 @@ def _let_go(forwards: list[Forward]) -> None:
         warn(_DROPPED)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
