@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,8 @@ from sire_fast.swaps import Adjacent, Sampler
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
 COMPARES = ("end", "swap")
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _SwapLayer(nn.RNNBase):
@@ -432,12 +434,12 @@ def _check_forward(name: str, module: nn.RNNBase) -> None:
 
 
 def convert(
-    model: nn.Module,
+    model: Model,
     swaps: Sampler | None = Adjacent(8),  # noqa: B008
     compare: str = "swap",
     weight: Weight | None = None,
     recompute: bool = False,
-) -> nn.Module:
+) -> Model:
     """Make every torch.nn.RNN, GRU and LSTM of a model a sire_fast layer, in place.
 
     The layers stay the objects they are, and torch's layers to isinstance: parameters, hooks, names in the state_dict
@@ -482,7 +484,7 @@ def convert(
     return model
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert(model: Model) -> Model:
     """Make every sire_fast layer of a model torch.nn's own layer again, in place: for export, quantisation and
     deployment, and for files that are read where sire_fast is not installed.
 

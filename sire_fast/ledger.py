@@ -105,10 +105,15 @@ class _State:
         self.lock = threading.Lock()
         self.forwards: list[Forward] = []
         self.round = Round()
-        # of passes that are run again, in a backward; that will be, in a checkpoint without gradients; or that live
-        # inside a transform of torch.func: it is read at once or never
+        # of passes that a backward runs again, or that live inside a transform of torch.func: read at once or never
         self.passing: deque[Compared] = deque(maxlen=64)
+        # of passes that a backward will run again, in a checkpoint without gradients: read in there
+        self.hidden: deque[Compared] = deque(maxlen=64)
         self.told = _NEVER
+
+    def clear(self) -> None:
+        self.passing.clear()
+        self.hidden.clear()
 
 
 class _Local(threading.local):
@@ -187,11 +192,13 @@ class Ledger:
             noted.count = noted.count or compared.penalty.numel()
             output, *last = _Give.apply(self, noted, compared.penalty, output, *last)
             return output, tuple(last)
-        live = torch.is_grad_enabled() and not transformed
-        if rerun or not live:
+        if rerun or transformed:
             state.passing.append(compared)
             if rerun:
-                torch.autograd.Variable._execution_engine.queue_callback(state.passing.clear)
+                torch.autograd.Variable._execution_engine.queue_callback(state.clear)
+            return output, last
+        if not torch.is_grad_enabled():
+            state.hidden.append(compared)
             return output, last
         forward = Forward(weights, compared)
         if compared.output is output:
@@ -240,11 +247,16 @@ class Ledger:
         if torch.compiler.is_compiling():
             return list(self.traced)
         state = self._state
-        if state.passing:
-            passing = list(state.passing)
-            state.passing.clear()
-            if in_backward() or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-                return passing
+        for passing, now in (
+            (state.passing, in_backward() or torch._C._are_functorch_transforms_active()),
+            (state.hidden, not torch.is_grad_enabled()),
+        ):
+            if passing and now:
+                found = list(passing)
+                passing.clear()
+                return found
+        if state.hidden:
+            state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
         self.traced = tuple(c for c in self.traced if not _freed(c.penalty))
         found = [f.found() for f in state.forwards if not f.over]
@@ -255,7 +267,7 @@ class Ledger:
         if torch.compiler.is_compiling():
             raise RuntimeError(f"penalty: {_COMPILED}")
         of = self._state.round
-        return of.total / of.count if of.count else None
+        return None if of.total is None else of.total / max(of.count, 1)
 
     @property
     def told(self) -> str:
@@ -348,9 +360,10 @@ class _Give(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.noted.differentiated = True
         joined = None
-        if ctx.ledger is not None:
+        if ctx.ledger is not None:  # once, however many backwards come through
             like = next(g for g in grads if g is not None)
             joined = ctx.ledger.share(ctx.noted, like).expand(ctx.shape)
+            ctx.ledger = None
         return None, None, joined, *grads
 
 

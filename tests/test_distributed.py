@@ -92,7 +92,7 @@ WRAPPERS: dict[str, Callable[[Model], nn.Module]] = {
     "fsdp-of-layers": shard_each,
 }
 LAYERS = {"fused": {}, "two-ways": {"num_layers": 2, "bidirectional": True}}
-CASES = [*itertools.product(WRAPPERS, ("outside", "inside"), LAYERS)]
+CASES = [*itertools.product(WRAPPERS, ("outside", "inside", "joined"), LAYERS)]
 
 
 def gradients(wrap: Callable[[Model], nn.Module], place: str, layer: str, part: slice) -> list[Tensor]:
@@ -101,7 +101,8 @@ def gradients(wrap: Callable[[Model], nn.Module], place: str, layer: str, part: 
     x, y = (torch.randn(*size, 4, n, dtype=torch.float64, generator=generator) for *size, n in ((6, 3), (1,)))
     pairs = Uniform(3)(6, 4, generator)[part]
     torch.manual_seed(0)
-    model = Model(place == "inside", swaps=lambda *_: pairs, **LAYERS[layer]).double()
+    weight = 1.0 if place == "joined" else None
+    model = Model(place == "inside", swaps=lambda *_: pairs, weight=weight, **LAYERS[layer]).double()
     wrapped = wrap(model)
     optimiser = torch.optim.SGD(wrapped.parameters(), 0.1)
     for _ in range(3):  # DDP treats the first step, in which it learns about the model, in another way

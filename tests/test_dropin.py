@@ -405,6 +405,14 @@ def test_checkpoints(layer: sire_fast.GRU, reentrant: bool, inside: bool) -> Non
     torch.testing.assert_close(*results)
 
 
+def test_a_hidden_call_is_told_though_another_is_not(layer: sire_fast.GRU) -> None:
+    loss = checkpoint(lambda x: layer(x)[0].sum(), X.clone().requires_grad_(), use_reentrant=True)
+    layer(Y)
+    with pytest.raises(RuntimeError, match="use_reentrant=True"):
+        sire_fast.penalty(layer)
+    loss.backward()
+
+
 def test_threads_have_their_own(layer: sire_fast.GRU) -> None:
     found, barrier = {}, threading.Barrier(2)
 
@@ -568,6 +576,18 @@ def test_a_weight_of_zero_only_watches() -> None:
     assert sire_fast.penalty(ours) > 0
 
 
+def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
+    """Two losses of one forward, each with its backward."""
+    (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
+    expected = _gradients(layer)
+    layer.zero_grad()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
+    output, last = layer(X)
+    output.square().sum().backward(retain_graph=True)
+    last.sum().backward()
+    torch.testing.assert_close(_gradients(layer), expected)
+
+
 def test_through_is_not_for_a_weight_that_joins(layer: sire_fast.GRU) -> None:
     sire_fast.convert(layer, weight=0.1)
     layer(X)
@@ -609,14 +629,16 @@ def test_outputs_may_be_changed_in_place(
 
 @pytest.mark.parametrize("form", ["plain", "swaps", "eval"])
 @pytest.mark.parametrize(
-    "options",
-    [*OPTIONS.values(), {"proj_size": 3}, {"batch_first": True, "num_layers": 2, "bidirectional": True}],
+    ("kind", "options"),
+    [
+        *itertools.product(KINDS, [*OPTIONS.values(), {"batch_first": True, "num_layers": 2, "bidirectional": True}]),
+        ("LSTM", {"proj_size": 3}),
+    ],
+    indirect=["kind"],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 def test_outputs_lie_in_memory_as_torchs(kind: type[nn.RNNBase], options: dict[str, Any], form: str) -> None:
-    if "proj_size" in options and kind is not nn.LSTM:
-        pytest.skip("LSTM's alone")
     theirs, ours = _both(kind, 3, 4, **options)
     sire_fast.convert(ours, swaps=None if form == "plain" else PAIRS)
     for x in (torch.randn(5, 2, 3), torch.randn(5, 3)):
