@@ -49,7 +49,8 @@ class _SwapLayer(nn.RNNBase):
     def _set_swaps(self, swaps: Sampler | None, compare: str, weight: Weight | None, recompute: bool) -> None:
         _check_settings(swaps, compare)
         self._ledger = Ledger(weight)
-        self.swaps, self.compare, self.recompute, self._warned = swaps, compare, recompute, False
+        self.swaps, self.compare, self.recompute = swaps, compare, recompute
+        self._exchanged = self._warned = False
 
     def extra_repr(self) -> str:
         swaps = "" if self.swaps is None else f", swaps={self.swaps}, compare={self.compare}"
@@ -159,7 +160,8 @@ class _SwapLayer(nn.RNNBase):
         if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
             raise RuntimeError(f"{self} cannot be exported in training mode: use model.eval(), or {_REVERT}")
         network = self._network
-        _refuse_if_forced(passes.why_not_fused(network, swapping=True))
+        if backends.forced():
+            _refuse_if_forced(passes.why_not_fused(network, swapping=True))
         if self._is_torchs(input, hx):
             output, last = super().forward(input, hx)
             none = output.new_zeros(0, 1, output.shape[-1])
@@ -274,16 +276,23 @@ class _SwapLayer(nn.RNNBase):
             pairs = torch.where((pairs[..., 1] < lengths[:, None])[..., None], pairs, 0)
         else:
             pairs = self.swaps(steps if lengths is None else lengths, batch, generator, x.device)  # type: ignore[misc]
-        if not self._warned and has_values(pairs):
-            nothing = steps < 2 or (pairs.device.type == "cpu" and torch.equal(pairs[..., 0], pairs[..., 1]))
-            if nothing:
-                self._warned = True
-                length = f"{steps} step{'s' * (steps > 1)}"
-                warn(
-                    f"{self}: nothing to swap in sequences of {length}, whose penalty is 0; give it whole sequences in "
-                    "one call, or convert it with swaps=None"
-                )
+        self._tell_if_nothing(steps, pairs)
         return pairs
+
+    def _tell_if_nothing(self, steps: int, pairs: Tensor) -> None:
+        """Warn once of sequences of one step, or of swaps that exchange nothing while none has exchanged anything."""
+        if self._warned or torch.compiler.is_compiling() or (steps > 1 and self._exchanged):
+            return
+        if steps > 1 and not (has_values(pairs) and pairs.device.type == "cpu"):
+            return
+        self._exchanged = steps > 1 and not torch.equal(pairs[..., 0], pairs[..., 1])
+        if not self._exchanged:
+            self._warned = True
+            length = f"{steps} step{'s' * (steps > 1)}"
+            warn(
+                f"{self}: nothing to swap in sequences of {length}, whose penalty is 0; give it whole sequences in one "
+                "call, or convert it with swaps=None"
+            )
 
     @property
     def _longest(self) -> int | None:
@@ -508,7 +517,7 @@ def revert(model: Model) -> Model:
     found = [m for m in model.modules() if isinstance(m, _SwapLayer)]
     kinds = [_class_of(module, _torch_class) for module in found]
     for module, kind in zip(found, kinds, strict=True):
-        for name in ("swaps", "compare", "recompute", "_warned", "_ledger", "_qconfig"):
+        for name in ("swaps", "compare", "recompute", "_exchanged", "_warned", "_ledger", "_qconfig"):
             module.__dict__.pop(name, None)
         module.__class__ = kind
     return model

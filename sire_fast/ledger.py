@@ -61,11 +61,9 @@ class Forward:
         self.weights, self.versions = weights, [w._version for w in weights]
         self.compared: Compared | None = compared
         self.node: Callable[[], Any] = lambda: None
-        for tensor in (compared.penalty, compared.variants):
-            if tensor.requires_grad:
-                tensor.register_hook(self._mark)
 
-    def _mark(self, gradient: Tensor) -> None:
+    def mark(self, gradient: Tensor) -> None:
+        """A hook for what was made of it."""
         self.differentiated = True
 
     @property
@@ -188,7 +186,10 @@ class Ledger:
             if not torch.is_grad_enabled():
                 self._note(compared.penalty)
                 return output, last
-            noted = Round() if transformed else self._note(compared.penalty)
+            if transformed:
+                output, *last = _GiveTransformed.apply(self, compared.penalty, output, *last)
+                return output, tuple(last)
+            noted = self._note(compared.penalty)
             noted.count = noted.count or compared.penalty.numel()
             output, *last = _Give.apply(self, noted, compared.penalty, output, *last)
             return output, tuple(last)
@@ -238,29 +239,30 @@ class Ledger:
 
     # ---------------------------------------------------------------- the penalty's side
 
-    def counting(self) -> list[Compared]:
-        """What the forwards that count compare, of a layer whose weight does not join by itself.
+    def counting(self) -> list[tuple[Compared, Callable[[Tensor], None] | None]]:
+        """What the forwards that count compare, of a layer whose weight does not join by itself, and the hook that is
+        to learn of a backward through it.
 
         Raises:
             RuntimeError: some ran where their penalty cannot be differentiated.
         """
         if torch.compiler.is_compiling():
-            return list(self.traced)
+            return [(c, None) for c in self.traced]
         state = self._state
         for passing, now in (
             (state.passing, in_backward() or torch._C._are_functorch_transforms_active()),
             (state.hidden, not torch.is_grad_enabled()),
         ):
             if passing and now:
-                found = list(passing)
+                found = [(c, None) for c in passing]
                 passing.clear()
                 return found
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
         self.traced = tuple(c for c in self.traced if not _freed(c.penalty))
-        found = [f.found() for f in state.forwards if not f.over]
-        return [c for c in found if c is not None] + list(self.traced)
+        found = [(f.found(), f.mark) for f in state.forwards if not f.over]
+        return [(c, mark) for c, mark in found if c is not None] + [(c, None) for c in self.traced]
 
     def joined(self) -> Tensor | None:
         """The penalty of the last round, detached, of a layer whose weight joins by itself; None if there is none."""
@@ -342,19 +344,14 @@ def _freed(tensor: Tensor) -> bool:
 class _Give(torch.autograd.Function):
     """The results of a layer: the same memory under other tensors, which may be changed in place and detached."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(ledger: Ledger | None, noted: Any, penalty: Tensor | None, *results: Tensor) -> tuple[Tensor, ...]:
-        if torch._C._are_functorch_transforms_active():
-            return tuple(t.clone() for t in results)
-        return tuple(t.data for t in results)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.ledger, ctx.noted, penalty, *_ = inputs
+    def forward(
+        ctx: Any, ledger: Ledger | None, noted: Forward | Round, penalty: Tensor | None, *results: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.ledger, ctx.noted = ledger, noted
         ctx.shape = None if penalty is None else penalty.shape
         ctx.set_materialize_grads(False)
+        return tuple(t.data for t in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -365,6 +362,25 @@ class _Give(torch.autograd.Function):
             joined = ctx.ledger.share(ctx.noted, like).expand(ctx.shape)
             ctx.ledger = None
         return None, None, joined, *grads
+
+
+class _GiveTransformed(torch.autograd.Function):
+    """So for transforms of torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(ledger: Ledger, penalty: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.clone() for t in results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
+        ctx.ledger, ctx.shape, ctx.noted = inputs[0], inputs[1].shape, Round()
+        ctx.noted.count = inputs[1].numel()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.ledger.share(ctx.noted, grads[0]).expand(ctx.shape), *grads
 
 
 # In a compiled function, which neither keeps nor reads Python's objects when it runs, operators do it.

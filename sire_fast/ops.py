@@ -58,8 +58,12 @@ def swap_rnn(
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
     rows = span_rows(backend, x.shape[0], swaps, ends, lengths, longest) if train else 0
     arithmetic = str(dtype).removeprefix("torch.")
-    # transforms of torch.func look into functions of autograd, not into operators
-    call = _SwapRNN.apply if torch._C._are_functorch_transforms_active() else torch.ops.sire_fast.swap_rnn.default
+    if torch._C._are_functorch_transforms_active():  # they look into functions of autograd, not into operators
+        call = _SwapRNNTransformed.apply
+    elif _unseen(*tensors, swaps):
+        call = _SwapRNN.apply if train else _run
+    else:
+        call = torch.ops.sire_fast.swap_rnn.default
     *outputs, _, _ = call(cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train)
     if outputs[0].dtype != result:  # but for the penalty: a mean of squares wants the digits
         outputs = [t if n == _PENALTY else t.to(result) for n, t in enumerate(outputs)]
@@ -72,6 +76,15 @@ def swap_rnn(
 _PENALTY = SwapRNN._fields.index("penalty")
 
 
+def _unseen(*tensors: Tensor | None) -> bool:
+    """Whether no trace, mode or wrapper of tensors wants to see the operators: without them a call is 60 us shorter."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
 def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
     """Rows for the steps of all variants' spans, which the forward keeps: the largest number that there can be where
     the positions cannot be read, in a trace."""
@@ -80,31 +93,35 @@ def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Te
     return KERNELS[backend].span_rows(steps, swaps, ends, lengths, longest)
 
 
-@torch.library.register_fake("sire_fast::swap_rnn")
 def _outputs(
-    cell: str,
-    backend: str,
-    arithmetic: str,
-    recompute: bool,
-    x: Tensor,
-    w_ih: Tensor | None,
-    b_ih: Tensor | None,
-    w_hh: Tensor,
-    b_hh: Tensor | None,
-    h0: Tensor,
-    c0: Tensor | None,
-    swaps: Tensor,
-    ends: Tensor,
-    lengths: Tensor,
-    span_rows: int,
-    train: bool,
-) -> tuple[Tensor, ...]:
-    """The outputs, not filled; those that a call does not have are empty."""
-    _check(cell, backend, arithmetic, x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths)
+    cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any
+) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
+    """The outputs of swap_rnn, not filled, those that a call does not have empty; and the inputs, x to lengths."""
+    *inputs, span_rows, train = arguments
+    x, h0, swaps = inputs[0], inputs[5], inputs[7]
     wide = torch.promote_types(x.dtype, torch.float32)
     *shapes, gates, spans = _shapes(cell, backend, recompute, x, h0, swaps, span_rows, train)
     states = [x.new_empty(shape, dtype=wide) for shape in shapes]
-    return *states, x.new_empty(gates), x.new_empty(spans, dtype=wide)
+    return (*states, x.new_empty(gates), x.new_empty(spans, dtype=wide)), inputs
+
+
+def _run(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    """swap_rnn for inputs that have been checked."""
+    outputs, inputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
+    KERNELS[backend].forward(cell, arithmetic, arguments[-1], recompute, _contiguous(inputs), outputs)
+    return outputs
+
+
+@torch.library.register_fake("sire_fast::swap_rnn")
+def _fake(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(cell, backend, arithmetic, *arguments[:-2])
+    return _outputs(cell, backend, arithmetic, recompute, *arguments)[0]
+
+
+@torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
+def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(cell, backend, arithmetic, *arguments[:-2])
+    return _run(cell, backend, arithmetic, recompute, *arguments)
 
 
 def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Tensor | None) -> None:
@@ -142,14 +159,6 @@ def _shapes(
     ]
 
 
-@torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
-def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, _, train = arguments
-    outputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
-    KERNELS[backend].forward(cell, arithmetic, train, recompute, _contiguous(inputs), outputs)
-    return outputs
-
-
 _INPUTS = slice(4, 14)  # of the operator: x to lengths
 _DIFFERENTIABLE = 7  # its first inputs, and its first outputs; gates and spans are kept for the backward alone
 
@@ -175,22 +184,10 @@ class _SwapRNN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.sire_fast.swap_rnn.default(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
-        h, _, _, _, _, cells, _, gates, spans = outputs
-        ctx.settings, ctx.watch = arguments[: _INPUTS.start], None
-        if reference.has_values(h):
-            ctx.watch = Watch(h)
-            h = h.data
-        else:  # where a trace or a transform follows every change
-            h = h.clone()
-        ctx.save_for_backward(*arguments[_INPUTS], h, cells, gates, spans)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(gates, spans)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        outputs = _below_autograd(*arguments)
+        _keep(ctx, arguments, outputs)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -198,34 +195,66 @@ class _SwapRNN(torch.autograd.Function):
         needs = ctx.needs_input_grad[first : first + _DIFFERENTIABLE]
         *inputs, h, cells, gates, spans = ctx.saved_tensors
         if ctx.watch and ctx.watch.changed:
-            h = torch.ops.sire_fast.swap_rnn.default(*ctx.settings, *inputs, 0, False)[0]
-        arguments = (*ctx.settings, needs, *grads[:_DIFFERENTIABLE], *inputs, h, cells, gates, spans)
-        call = _SwapRNNBackward.apply if torch._C._are_functorch_transforms_active() else _backward_of
-        computed = call(*arguments)
+            h = _below_autograd(*ctx.settings, *inputs, 0, False)[0]
+        grads = grads[:_DIFFERENTIABLE]
+        arguments = (*ctx.settings, needs, *grads, *inputs, h, cells, gates, spans)
+        if torch._C._are_functorch_transforms_active():
+            computed = _Backward.apply(*arguments)
+        elif _unseen(*inputs, *grads) and not torch.is_grad_enabled():
+            computed = _run_backward(*arguments)
+        else:
+            computed = _call_backward(*arguments)
         wanted = (gradient if need else None for gradient, need in zip(computed, needs, strict=True))
         return *(None,) * first, *wanted, *(None,) * 5
 
+
+def _below_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+    if _unseen(*arguments[_INPUTS]):
+        return _run(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.sire_fast.swap_rnn.default(*arguments)
+
+
+def _keep(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
+    """What the backward needs."""
+    h, _, _, _, _, cells, _, gates, spans = outputs
+    ctx.settings, ctx.watch = arguments[: _INPUTS.start], None
+    if reference.has_values(h):
+        ctx.watch = Watch(h)
+        h = h.data
+    else:  # where a trace or a transform follows every change
+        h = h.clone()
+    ctx.save_for_backward(*arguments[_INPUTS], h, cells, gates, spans)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(gates, spans)
+
+
+def _call_backward(cell: str, backend: str, arithmetic: str, recompute: bool, needs: Any, *tensors: Any) -> Any:
+    grads, kept = tensors[:_DIFFERENTIABLE], tensors[_DIFFERENTIABLE:]
+    return torch.ops.sire_fast.swap_rnn_backward.default(cell, backend, arithmetic, recompute, grads, *kept, needs)
+
+
+# Transforms of torch.func want functions of autograd in another form, which costs others 40 us a call.
+
+
+class _SwapRNNTransformed(_SwapRNN):
+    forward = staticmethod(_below_autograd)
+    setup_context = staticmethod(_keep)
+
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
-        return _each(_SwapRNN.apply, info, in_dims, arguments)
+        return _each(_SwapRNNTransformed.apply, info, in_dims, arguments)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise NotImplementedError(_ONCE)
 
 
-def _backward_of(cell: str, backend: str, arithmetic: str, recompute: bool, needs: Any, *tensors: Any) -> Any:
-    grads, kept = tensors[:_DIFFERENTIABLE], tensors[_DIFFERENTIABLE:]
-    return torch.ops.sire_fast.swap_rnn_backward.default(cell, backend, arithmetic, recompute, grads, *kept, needs)
-
-
-class _SwapRNNBackward(torch.autograd.Function):
-    """The operator of the gradient for transforms of torch.func, which look into functions of autograd alone."""
-
+class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            return _backward_of(*arguments)
+            return _call_backward(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None: ...
@@ -236,7 +265,7 @@ class _SwapRNNBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
-        return _each(_SwapRNNBackward.apply, info, in_dims, arguments)
+        return _each(_Backward.apply, info, in_dims, arguments)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -279,36 +308,59 @@ def _each(call: Callable[..., Any], info: Any, in_dims: tuple, arguments: tuple)
 
 
 @torch.library.impl("sire_fast::swap_rnn", "Autograd")
-def _differentiable(*arguments: Any) -> tuple[Tensor, ...]:
-    return _SwapRNN.apply(*arguments)
+def _differentiable(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
+    _check(cell, backend, arithmetic, *arguments[:-2])
+    return _SwapRNN.apply(cell, backend, arithmetic, recompute, *arguments)
 
 
-@torch.library.register_fake("sire_fast::swap_rnn_backward")
 def _gradients(
-    cell: str, backend: str, arithmetic: str, recompute: bool, grads: list[Tensor | None], *arguments: Any
+    needs: Sequence[bool], x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Tensor, b_hh: Any, h0: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients, not filled; those that are not needed are empty."""
-    *kept, needs = arguments
-    *inputs, h, cells, gates, spans = kept
-    x, w_ih, _, w_hh, _, h0, _, swaps = inputs[:8]
-    _check(cell, backend, arithmetic, *inputs)
-    expected = _shapes(cell, backend, recompute, x, h0, swaps, spans.shape[0], True)
-    given = [*(g.shape if g is not None else None for g in grads), h.shape, cells.shape, gates.shape, spans.shape]
-    for shape, of in zip(given, [*expected[:_DIFFERENTIABLE], expected[0], expected[5], *expected[-2:]], strict=True):
-        if shape is not None and shape != of:
-            raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of shape {of}, got {tuple(shape)}")
     width = w_hh.shape[0]
     shapes = (x.shape, w_ih.shape if needs[1] else (), (width,), w_hh.shape, (width,), h0.shape, h0.shape)
     return tuple(h0.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
-@torch.library.impl("sire_fast::swap_rnn_backward", "CompositeExplicitAutograd")
-def _backward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    computed = _gradients(cell, backend, arithmetic, recompute, *arguments)
-    grads, *kept, needs = arguments
+def _run_backward(
+    cell: str, backend: str, arithmetic: str, recompute: bool, needs: Sequence[bool], *tensors: Tensor | None
+) -> tuple[Tensor, ...]:
+    """swap_rnn_backward for gradients, and what follows them, that have been checked."""
+    computed = _gradients(needs, *tensors[_DIFFERENTIABLE:][:6])
     wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
-    KERNELS[backend].backward(cell, arithmetic, recompute, _contiguous([*grads, *kept]), wanted)
+    KERNELS[backend].backward(cell, arithmetic, recompute, _contiguous(tensors), wanted)
     return computed
+
+
+def _check_backward(cell: str, backend: str, arithmetic: str, recompute: bool, grads: Any, *kept: Any) -> None:
+    *inputs, h, cells, gates, spans = kept
+    _check(cell, backend, arithmetic, *inputs)
+    *outputs, of_gates, of_spans = _shapes(
+        cell, backend, recompute, *inputs[:1], inputs[5], inputs[7], len(spans), True
+    )
+    expected = [*outputs, outputs[0], outputs[5], of_gates, of_spans]
+    for tensor, shape in zip([*grads, h, cells, gates, spans], expected, strict=True):
+        if tensor is not None and tensor.shape != shape:
+            got = tuple(tensor.shape)
+            raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of shape {shape}, got {got}")
+
+
+@torch.library.register_fake("sire_fast::swap_rnn_backward")
+def _fake_backward(
+    cell: str, backend: str, arithmetic: str, recompute: bool, grads: Any, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *kept, needs = arguments
+    _check_backward(cell, backend, arithmetic, recompute, grads, *kept)
+    return _gradients(needs, *kept[:6])
+
+
+@torch.library.impl("sire_fast::swap_rnn_backward", "CompositeExplicitAutograd")
+def _backward(
+    cell: str, backend: str, arithmetic: str, recompute: bool, grads: Any, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *kept, needs = arguments
+    _check_backward(cell, backend, arithmetic, recompute, grads, *kept)
+    return _run_backward(cell, backend, arithmetic, recompute, needs, *grads, *kept)
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -73,7 +73,11 @@ def _layer_penalty(layer: _SwapLayer, through: Callable[[Tensor], Tensor] | None
         if through is not None or state != "output":
             raise ValueError("through, state: expected none for a layer whose weight joins by itself: it compares h")
         return layer._ledger.joined()
-    each = [_pass_penalty(layer, compared, through, state) for compared in layer._ledger.counting()]
+    each = []
+    for compared, mark in layer._ledger.counting():
+        each.append(_pass_penalty(layer, compared, through, state))
+        if mark and each[-1].requires_grad:
+            each[-1].register_hook(mark)
     if len(each) < 2:  # the usual case, in the fewest operations
         return (each[0].mean() if each[0].numel() else each[0].sum()) if each else None
     total = sum((p.sum().to(each[0].device) for p in each[1:]), each[0].sum())

@@ -89,7 +89,7 @@ def test_k_changes_under_a_converted_model() -> None:
     for penalty, k in ((2.0, 4), (9.0, 5), (0.0, 1)):
         schedule.step(1.0, penalty)
         model(torch.randn(6, 2, 3))
-        (compared,) = model[0]._ledger.counting()
+        ((compared, _),) = model[0]._ledger.counting()
         assert compared.penalty.shape == (2, k)
         sire_fast.penalty(model).backward()
     assert str(schedule) in repr(model)
