@@ -147,7 +147,7 @@ class _SwapLayer(nn.RNNBase):
         reasons = passes.why_not_fused(network, swapping=False, batch=self._batch(input) if fixed else None)
         _refuse_if_forced(reasons)
         # a file is to be read where sire_fast is not installed; torch draws the dropout of packed rows, not of padded
-        exporting = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+        exporting = _exporting()
         packed = isinstance(input, PackedSequence) and self.training and self.num_layers > 1 and self.dropout > 0
         if self._is_torchs(input, hx) or (lengths is None and (reasons or exporting or packed)):
             return super().forward(input, hx)
@@ -157,7 +157,7 @@ class _SwapLayer(nn.RNNBase):
 
     def _with_variants(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> tuple[Any, Any]:
         """The layer and its swapped variants, which the ledger is told of."""
-        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        if _exporting() or torch.compiler.is_exporting():
             raise RuntimeError(f"{self} cannot be exported in training mode: use model.eval(), or {_REVERT}")
         network = self._network
         if backends.forced():
@@ -299,6 +299,11 @@ class _SwapLayer(nn.RNNBase):
         """Steps of the longest span that the sampler can give."""
         reach = getattr(self.swaps, "reach", None) if self.compare == "swap" else None
         return None if reach is None else reach + 1
+
+
+def _exporting() -> bool:
+    """Whether torch.jit.trace or torch.onnx looks on; torch.export keeps our operator, for any number of steps."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def _refuse_if_forced(reasons: list[str]) -> None:

@@ -103,7 +103,7 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
     """
     reasons = []
     if network.projected:
-        reasons.append(f"proj_size={network.weights[0][0][4].shape[0]}: fused without a projection")
+        reasons.append(f"proj_size={network.weights[0][0][-1].shape[0]}: fused without a projection")
     if swapping and len(network.weights) > 1 and network.directions > 1:
         reasons.append("num_layers > 1 with bidirectional=True: a swap changes every input of the second layer")
     reasons += _why_no_kernel(network)

@@ -204,6 +204,8 @@ def test_refusals_name_the_way_back() -> None:
         torch.jit.script(layer)
     with pytest.raises(RuntimeError, match=r"sire_fast\.revert\(model\)"):
         torch.jit.trace(layer, x)
+    with pytest.raises(Exception, match=r"sire_fast\.revert\(model\)"):  # of torch's own kind
+        torch.export.export(layer, (x,))
     torch.jit.script(sire_fast.revert(copy.deepcopy(layer)))
 
 

@@ -381,6 +381,9 @@ def test_refuses_lengths_that_cannot_be() -> None:
 
 def test_says_why_it_is_not_fused() -> None:
     assert sire_fast.LSTM(4, 6).why_not_fused() == []
+    for bias in (True, False):
+        (projected,) = sire_fast.LSTM(4, 6, proj_size=3, bias=bias).why_not_fused()
+        assert projected == "proj_size=3: fused without a projection"
     slow = sire_fast.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3).half().why_not_fused()
     assert [reason.split(":")[0] for reason in slow] == ["proj_size=3", "cpu", "triton"]
     both = {"num_layers": 2, "bidirectional": True}
