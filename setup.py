@@ -105,7 +105,14 @@ if NVCC and sys.platform.startswith("linux"):
     )
 
 setup(
-    packages=["sire_fast", "sire_fast.lab.paper", "sire_fast.kernels"],
+    packages=[
+        "sire_fast",
+        "sire_fast.backends",
+        "sire_fast.integrations",
+        "sire_fast.kernels",
+        "sire_fast.lab",
+        "sire_fast.lab.paper",
+    ],
     package_dir={"sire_fast": "sire_fast", "sire_fast.kernels": "kernels"},
     package_data={"sire_fast": ["py.typed"]},
     # the kernels are written with GCC's and Clang's vector types, which Microsoft's compiler does not have

@@ -16,7 +16,8 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import sire_fast
-from sire_fast.swaps import Uniform
+from sire_fast.schedules import AdaptiveWeight
+from sire_fast.swaps import Adjacent, Uniform
 
 WEIGHT = 100.0  # of the penalty
 others_warn = pytest.mark.filterwarnings("ignore")  # their warnings are not ours to heed
@@ -134,6 +135,116 @@ def test_hugging_face_trainer(tmp_path) -> None:
     x, y = data().tensors
     evaluated = SireTrainer(sire, settings, eval_dataset=rows).evaluate()
     assert evaluated["eval_loss"] == pytest.approx(mse_loss(sire.answers(x), y).item(), rel=1e-3)
+
+
+def _expected(weight: float) -> nn.Module:
+    """The model after one step on the mean of two batches' losses, each with its penalty."""
+    model = sire_fast.convert(_seeded(), swaps=Adjacent("all"), compare="end")
+    optimiser = torch.optim.SGD(model.parameters(), 0.1)
+    for batch in DataLoader(data(), batch_size=32):
+        ((mse_loss(model(batch[0]), batch[1]) + weight * sire_fast.penalty(model)) / 2).backward()
+    optimiser.step()
+    return model
+
+
+def _seeded() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+@others_warn
+def test_the_callback_for_lightning_joins_what_accumulation_divides(tmp_path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.loggers import CSVLogger
+
+    from sire_fast.integrations.lightning import Sire
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _seeded()
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return mse_loss(self.model(batch[0]), batch[1])
+
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            self.log("score", mse_loss(self.model(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    probe, schedule = data().tensors[0], AdaptiveWeight(3.0, weight_max=9.0)
+    sire = Sire(schedule, swaps=Adjacent("all"), compare="end", probe=probe, predict=lambda module, x: module.model(x))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        callbacks=[sire],
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module()
+    trainer.fit(module, DataLoader(data(), batch_size=32), DataLoader(data(), batch_size=32))
+    first, second = (p.detach() for model in (module.model, _expected(3.0)) for p in [model.rnn.weight_hh_l0])
+    torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-4)  # the schedule moves a little between the batches
+    assert schedule.ratio != 1
+    (told,) = tmp_path.rglob("metrics.csv")
+    for name in ("penalty", "weight", "penalty_to_loss", "order_sensitivity"):
+        assert f"sire/{name}" in told.read_text()
+
+
+@others_warn
+def test_the_callback_for_the_hugging_face_trainer(tmp_path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from sire_fast.integrations.transformers import Sire
+
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = _seeded()
+
+        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.model(inputs)
+            return {"loss": mse_loss(logits, labels), "logits": logits}
+
+    rows = [{"inputs": x, "labels": y} for x, y in data()]
+    settings = transformers.TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        num_train_epochs=1,
+        per_device_train_batch_size=32,
+        gradient_accumulation_steps=2,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        eval_strategy="epoch",
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    model = WithLoss()
+    trainer = transformers.Trainer(
+        model,
+        settings,
+        train_dataset=rows,
+        eval_dataset=rows,
+        optimizers=(torch.optim.SGD(model.parameters(), 0.1), None),
+    )
+    predict = lambda model, x: model.model(x)  # noqa: E731
+    options = {"swaps": Adjacent("all"), "compare": "end", "probe": data().tensors[0], "predict": predict}
+    with pytest.raises(ValueError, match=r"Sire\(\.\.\.\)\.attach\(trainer\)"):
+        transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows, callbacks=[Sire(0.1)]).train()
+    Sire(3.0, **options).attach(trainer)
+    trainer.train()
+    expected = _expected(3.0)
+    torch.testing.assert_close(model.model.rnn.weight_hh_l0, expected.rnn.weight_hh_l0, rtol=1e-4, atol=1e-6)
+    told = {name for line in trainer.state.log_history for name in line}
+    assert {f"sire/{name}" for name in ("penalty", "weight", "penalty_to_loss", "order_sensitivity")} <= told
 
 
 @others_warn

@@ -1,0 +1,81 @@
+"""Callbacks that train a model with SIRE in the loops of others: sire_fast.integrations.lightning.Sire and
+sire_fast.integrations.transformers.Sire. Each is imported only where its library is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sire_fast.layers import convert
+from sire_fast.penalties import penalty
+from sire_fast.schedules import AdaptiveWeight
+from sire_fast.swaps import Adjacent, Sampler
+
+
+class Joined:
+    """What the callbacks share: a model whose penalty joins by itself, and what is logged of it.
+
+    Args:
+        weight: of the penalty, as it would be added to the loss of a batch, which the loop may then divide or multiply;
+            or an AdaptiveWeight, which follows the loss.
+        swaps, compare: see sire_fast.convert.
+        probe: sequences, (B, T, ...), or (T, B, ...) without batch_first, on which the order sensitivity is measured;
+            None to measure none.
+        batch_first: of the probe.
+        predict: (model, probe) -> answers (B, ...); model(probe) if not given.
+    """
+
+    def __init__(
+        self,
+        weight: float | AdaptiveWeight = 0.1,
+        *,
+        swaps: Sampler = Adjacent(8),  # noqa: B008
+        compare: str = "swap",
+        probe: Tensor | None = None,
+        batch_first: bool = True,
+        predict: Callable[[Any, Tensor], Tensor] = lambda model, x: model(x),
+    ) -> None:
+        super().__init__()
+        self.weight, self.swaps, self.compare = weight, swaps, compare
+        self.probe, self.batch_first, self.predict = probe, batch_first, predict
+        self.factor: Callable[[], float] | None = None
+
+    def join(self, model: nn.Module, factor: Callable[[], float]) -> None:
+        """Convert a model whose loop multiplies the loss of each batch by a factor."""
+        self.factor = factor
+        convert(model, self.swaps, self.compare, lambda: self._weight * factor())
+
+    @property
+    def _weight(self) -> float:
+        return self.weight() if isinstance(self.weight, AdaptiveWeight) else self.weight
+
+    def after_step(self, model: nn.Module, loss: float) -> dict[str, float]:
+        """Numbers of a step to log: penalty, its ratio to the loss, and the weight, which then follows them."""
+        found = penalty(model).item()
+        told = {"sire/penalty": found, "sire/weight": self._weight}
+        if loss > 0:
+            told["sire/penalty_to_loss"] = found / loss
+        if isinstance(self.weight, AdaptiveWeight) and loss >= 0:
+            self.weight.step(loss, found)
+        return told
+
+    @torch.no_grad()
+    def order_sensitivity(self, model: nn.Module) -> dict[str, float]:
+        """The mean change of the answers to the probe when each sequence comes in a random order; none without a
+        probe."""
+        if self.probe is None:
+            return {}
+        x = self.probe.to(next(model.parameters()).device)
+        time, batch = (1, 0) if self.batch_first else (0, 1)
+        generator = torch.Generator().manual_seed(0)
+        order = torch.rand(x.shape[batch], x.shape[time], generator=generator).argsort(1).to(x.device)
+        rows = torch.arange(x.shape[batch], device=x.device)[:, None]
+        reordered = x[rows, order] if self.batch_first else x.transpose(0, 1)[rows, order].transpose(0, 1)
+        training = model.training
+        model.eval()
+        change = (self.predict(model, reordered) - self.predict(model, x)).abs().mean().item()
+        model.train(training)
+        return {"sire/order_sensitivity": change}

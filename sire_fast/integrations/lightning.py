@@ -1,0 +1,43 @@
+"""SIRE in a Lightning Trainer.
+
+>>> trainer = lightning.Trainer(max_epochs=1, callbacks=[Sire(0.1)])  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from sire_fast.integrations import Joined
+
+
+class Sire(Joined, lightning.Callback):
+    """Converts the recurrent layers of the module that is fitted; the module and its loss stay as they are.
+
+    It logs the penalty, its ratio to the loss and the weight every `log_every_n_steps`, and the order sensitivity after
+    each validation. Accumulated batches and loss scales are taken into account. Arguments: see Joined.
+    """
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+
+        def factor() -> float:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            return (scaler.get_scale() if scaler else 1.0) / trainer.accumulate_grad_batches
+
+        self.join(pl_module, factor)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided it by the number of accumulated batches
+            pl_module.log_dict(self.after_step(pl_module, loss.item() * trainer.accumulate_grad_batches))
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.logger and (told := self.order_sensitivity(pl_module)):
+            trainer.logger.log_metrics(told, step=trainer.global_step)
