@@ -111,6 +111,13 @@ def test_the_documentation_tells_the_results_of_the_papers_experiments() -> None
             assert result.with_suffix(f".{kind}").exists()
 
 
+def test_the_readme_compares_by_numbers_of_the_papers_experiments() -> None:
+    table = (ROOT / "README.md").read_text().split("## Use it when")[1].split("- **SIRE**")[0]
+    numbers = re.findall(r"\d+\.\d{3}|\d{4}", table)
+    assert len(numbers) > 15
+    assert set(numbers) <= set(re.findall(r"[\d.]+", paper.PAGE.read_text()))
+
+
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{n}")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
