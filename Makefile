@@ -1,12 +1,13 @@
 # make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png
 # make test   sets up .venv, runs the tests
 # make bench  sets up .venv, measures against torch and others into bench/results: five minutes on two quiet cores
+# make docs   the documentation as a site, into site/
 # make lint   ruff and clang-format; make format applies both
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/cuda/*.*)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench docs lint format clean
 
 # set up again only when what was installed has changed
 .venv/ready: pyproject.toml setup.py .constraints.txt $(CSRC)
@@ -23,6 +24,10 @@ test: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m bench.suite
 
+docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build --strict --quiet
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -34,4 +39,4 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(CSRC) tests/*.h
 
 clean:
-	rm -rf .venv build dist runs *.egg-info sire_fast/*.so
+	rm -rf .venv build dist runs site *.egg-info sire_fast/*.so

@@ -1,4 +1,4 @@
-"""Write the README's section on the paper's experiments from bench/results/paper: python -m bench.paper.
+"""Write the tables of docs/experiments.md from bench/results/paper: python -m bench.paper.
 
 The results come from `sire-fast reproduce NAME --preset full --out bench/results/paper`, which leaves beside them a
 folder of single trainings that is not kept.
@@ -15,40 +15,39 @@ from sire_fast.lab.train import write
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results/paper"
+PAGE = ROOT / "docs/experiments.md"
 BEGIN, END = "<!-- python -m bench.paper -->\n", "<!-- end -->"
 
 
 def section() -> str:
-    """One table for each experiment whose result is kept, folded, with links to its page and picture."""
+    """One table for each experiment whose result is kept, with links to its page and picture."""
     parts = []
     for name in NAMES:
         path = RESULTS / f"{name}.json"
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        link = path.relative_to(ROOT).with_suffix("")
+        link = Path("..") / path.relative_to(ROOT).with_suffix("")
         if name == "cost":
             (title, rows), note = report.cost_overview(found), "Medians, all contestants in turns"
         else:
             title, rows = report.overview(found)
             note = f"{report.origin(found)}, after equal steps; equal time, order sensitivity and sizes in the tables"
         parts += [
-            f"<details><summary><b>{name}</b>: {title}</summary>",
+            f"### {name}: {title}",
             report.markdown_table(*rows),
             f"{note}: [tables]({link}.md), [picture]({link}.png).",
-            "</details>",
         ]
     return "\n\n".join(parts) + "\n"
 
 
-def with_section(readme: str) -> str:
-    """The README with its section made anew."""
-    before, rest = readme.split(BEGIN)
+def with_section(page: str) -> str:
+    """The page with its section made anew."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return before + BEGIN + "\n" + section() + "\n" + END + after
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    text = with_section(path.read_text())
-    write(path, lambda temporary: temporary.write_text(text))
+    text = with_section(PAGE.read_text())
+    write(PAGE, lambda temporary: temporary.write_text(text))

@@ -16,6 +16,7 @@ import torch
 
 import sire_fast
 from bench import paper
+from docs import pages
 
 ROOT = Path(__file__).parent.parent
 MODULES = [
@@ -85,13 +86,36 @@ def test_the_readme_tells_the_ratios_of_the_benchmark(what: str) -> None:
     assert f"| with SIRE, `{what}` at the swap | {cells} |" in (ROOT / "README.md").read_text()
 
 
-def test_the_readme_tells_the_results_of_the_papers_experiments() -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert paper.with_section(readme) == readme
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("plain", "torch.nn without SIRE"),
+        ("sire_fast", "sire_fast with SIRE"),
+        ("stacked", "torch.nn on the stacked variants"),
+        ("published", "the authors' procedure, K=1"),
+    ],
+)
+def test_the_readme_tells_the_times_of_the_benchmark(name: str, title: str) -> None:
+    result = json.loads((ROOT / "bench/results/amd-epyc-avx512bf16.json").read_text())
+    each = [{n: s["median"] for n, s in row["seconds"].items()} for row in result["sweeps"]["H"]]
+    cells = " | ".join(f"{1e3 * row[name]:.1f} ({row[name] / row['plain']:.2f})" for row in each)
+    assert f"| {title} | {cells} |" in (ROOT / "README.md").read_text()
+
+
+def test_the_documentation_tells_the_results_of_the_papers_experiments() -> None:
+    page = paper.PAGE.read_text()
+    assert paper.with_section(page) == page
     for result in paper.RESULTS.glob("*.json"):
-        assert f"<b>{result.stem}</b>" in readme
+        assert f"### {result.stem}:" in page
         for kind in ("md", "png"):
             assert result.with_suffix(f".{kind}").exists()
+
+
+def test_the_readme_compares_by_numbers_of_the_papers_experiments() -> None:
+    table = (ROOT / "README.md").read_text().split("## Use it when")[1].split("- **SIRE**")[0]
+    numbers = re.findall(r"\d+\.\d{3}|\d{4}", table)
+    assert len(numbers) > 15
+    assert set(numbers) <= set(re.findall(r"[\d.]+", paper.PAGE.read_text()))
 
 
 BLOCKS = [
@@ -104,3 +128,9 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_examples_in_the_documentation(block: str) -> None:
     exec(compile(block, "example", "exec"), {})
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_pages_of_the_documentation_run_from_top_to_bottom(page: Path, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    pages.run(page)
