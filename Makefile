@@ -1,31 +1,43 @@
-# make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png
-# make test   sets up .venv, runs the tests
+# make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png: three minutes on two cores
+# make test   sets up .venv, runs the tests but the long ones: eight minutes
+# make proof  the long ones, on which nothing else depends
 # make bench  sets up .venv, measures against torch and others into bench/results: five minutes on two quiet cores
 # make docs   the documentation as a site, into site/
 # make lint   ruff and clang-format; make format applies both
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/cuda/*.*)
+# two tests at a time, whose threads do not spin while they wait: there are more of them than cores
+PYTEST := OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -q --benchmark-disable -n 2 --dist worksteal
 
-.PHONY: demo test bench docs lint format clean
+.PHONY: demo test proof bench docs lint format clean
 
-# set up again only when what was installed has changed
-.venv/ready: pyproject.toml setup.py .constraints.txt $(CSRC)
+# an environment with no more than is asked for, set up again only when what was installed has changed; modules are
+# compiled when they are imported, since most never are
+.venv/demo: EXTRAS = train
+.venv/ready: EXTRAS = test,lint
+.venv/proof: EXTRAS = test,lint,others
+.venv/docs: EXTRAS = test,lint,docs
+.venv/ready: HOLDS = .venv/demo
+.venv/proof .venv/docs: HOLDS = .venv/demo .venv/ready
+.venv/demo .venv/ready .venv/proof .venv/docs: pyproject.toml setup.py .constraints.txt $(CSRC)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable ".[test,lint]"
-	touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint .constraints.txt --editable ".[$(EXTRAS)]"
+	touch $(HOLDS) $@
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/sire-fast demo --out runs/demo --force
 
 test: .venv/ready
-	$(BIN)/pytest -q --benchmark-disable
+	$(PYTEST) -m "not proof"
+
+proof: .venv/proof
+	$(PYTEST) -m proof
 
 bench: .venv/ready
 	$(BIN)/python -m bench.suite
 
-docs: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .constraints.txt --editable ".[docs]"
+docs: .venv/docs
 	$(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/ready

@@ -749,23 +749,25 @@ struct Pass {
   }
 };
 
-#ifdef __AVX512BF16__
-using Bfloat16 = Product<float, true>;
-#else
-using Bfloat16 = Product<float>;
-#endif
-
 }  // namespace
 
-#define SIRE_QUOTE(x) #x
-#define SIRE_NAME(isa) SIRE_QUOTE(isa)
-#define SIRE_JOIN(a, b) a##b
-#define SIRE_SET(isa) SIRE_JOIN(k, isa)
 #define SIRE_CELLS(...)                                                          \
   {Pass<RnnTanh, __VA_ARGS__>::kernels(), Pass<RnnRelu, __VA_ARGS__>::kernels(), \
    Pass<Gru, __VA_ARGS__>::kernels(), Pass<Lstm, __VA_ARGS__>::kernels()}
 
-const InstructionSet SIRE_SET(SIRE_ISA) = {SIRE_NAME(SIRE_ISA), SIRE_CELLS(float, Product<float>),
-                                           SIRE_CELLS(double, Product<double>), SIRE_CELLS(float, Bfloat16)};
+// Addresses, and nothing that has to run first: no machine may run what is compiled for another.
+#ifdef __AVX512BF16__
+const Kernels<float> kBf16[kCells] = SIRE_CELLS(float, Product<float, true>);
+const InstructionSet kAvx512Bf16 = {"Avx512Bf16", kAvx512F32, kAvx512F64, kBf16};
+#else
+#define SIRE_QUOTE(x) #x
+#define SIRE_NAME(isa) SIRE_QUOTE(isa)
+#define SIRE_JOIN(a, b, c) a##b##c
+#define SIRE_SET(isa, dtype) SIRE_JOIN(k, isa, dtype)
+const Kernels<float> SIRE_SET(SIRE_ISA, F32)[kCells] = SIRE_CELLS(float, Product<float>);
+const Kernels<double> SIRE_SET(SIRE_ISA, F64)[kCells] = SIRE_CELLS(double, Product<double>);
+const InstructionSet SIRE_SET(SIRE_ISA, ) = {SIRE_NAME(SIRE_ISA), SIRE_SET(SIRE_ISA, F32),
+                                             SIRE_SET(SIRE_ISA, F64), SIRE_SET(SIRE_ISA, F32)};
+#endif
 
 }  // namespace sire_fast

@@ -116,16 +116,20 @@ struct Kernels {
 
 constexpr int kCells = 4;  // rnn_tanh, rnn_relu, gru, lstm
 
+// Each of kCells.
 struct InstructionSet {
   const char* name;
-  Kernels<float> f32[kCells];
-  Kernels<double> f64[kCells];
-  Kernels<float> bf16[kCells];  // weights are bfloat16, and products take bfloat16 if there is an instruction
+  const Kernels<float>* f32;
+  const Kernels<double>* f64;
+  const Kernels<float>* bf16;  // weights are bfloat16, and products take bfloat16 if there is an instruction
 };
 
 extern const InstructionSet kBaseline;
 #ifdef __x86_64__
 extern const InstructionSet kAvx2, kAvx512, kAvx512Bf16;
+// what takes no bfloat16 both have
+extern const Kernels<float> kAvx512F32[kCells];
+extern const Kernels<double> kAvx512F64[kCells];
 #endif
 
 // Those that this machine has, the best first, and the one in use.

@@ -15,6 +15,7 @@ import pytest
 import torch
 from oracle import Case, assert_as_good_as_reference, cast, make, run
 
+from bench import aot
 from sire_fast import GRU, backends
 from sire_fast.backends import cuda, gpu
 from sire_fast.backends.cuda import Chip, Group
@@ -114,7 +115,7 @@ def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "W_hh of H=513 in float32 does not fit" in reason
     assert backends.choose("auto", dtype=torch.float16, **call) == "reference"  # the others do not serve float16 here
     monkeypatch.setattr(cuda, "_cuda", None)
-    assert "built where nvcc is found" in backends.why_not("cuda", dtype=FLOAT, **call)[0]
+    assert "with FORCE_CUDA=1" in backends.why_not("cuda", dtype=FLOAT, **call)[0]
 
 
 @pytest.mark.parametrize(("fastest", "served"), [(None, "triton"), ("cuda", "cuda"), ("torch", "torch")])
@@ -192,9 +193,29 @@ def test_a_barrier_that_some_threads_do_not_reach_is_found(tmp_path: Path) -> No
     assert subprocess.run([program], check=False).returncode == 7
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="the extension is built where nvcc is found")
-def test_the_compiled_kernels_spill_little_and_fit() -> None:
-    command = [sys.executable, "-m", "bench.aot", "--backend", "cuda"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "72 of 72 kernels fit" in done.stdout  # 4 cells, 3 dtypes, 2 directions, 3 chips
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """sire_fast._cuda with the machine code of a release."""
+    code = (
+        "import sys, setuptools\n"
+        "from distutils.core import run_setup\n"
+        "project = run_setup('setup.py', ['build_ext', '--build-lib', sys.argv[1]], stop_after='commandline')\n"
+        "project.ext_modules = [e for e in project.ext_modules if e.name == 'sire_fast._cuda']\n"
+        "project.run_commands()\n"
+    )
+    folder = tmp_path_factory.mktemp("extension")
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_CUDA_ARCH_LIST"}
+    subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, env=environment | {"FORCE_CUDA": "1"}, check=True)
+    return cuda_on_host.load(next(folder.glob("sire_fast/_cuda*")))
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")
+@pytest.mark.proof
+def test_the_compiled_kernels_spill_little_and_fit(
+    extension: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda, "_cuda", extension)
+    code = aot.main(["--backend", "cuda"])
+    told = capsys.readouterr().out
+    assert code == 0, told
+    assert "72 of 72 kernels fit" in told  # 4 cells, 3 dtypes, 2 directions, 3 chips

@@ -60,7 +60,8 @@ class Group(NamedTuple):
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
     if _cuda is None:
-        return [f"cuda: the extension sire_fast._cuda, which is built where nvcc is found, cannot be loaded: {MISSING}"]
+        built = "built where a GPU is visible, or with FORCE_CUDA=1"
+        return [f"cuda: the extension sire_fast._cuda, which is {built}, cannot be loaded: {MISSING}"]
     reasons = []
     if device.type != _cuda.device:
         reasons.append(f"cuda: runs on a GPU, got a tensor on {device}")
