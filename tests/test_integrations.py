@@ -61,6 +61,7 @@ def test_plain_loop() -> None:
     assert moved_by_swaps(sire) < moved_by_swaps(plain) / 10
 
 
+@pytest.mark.proof
 @others_warn
 def test_lightning() -> None:
     lightning = pytest.importorskip("lightning")
@@ -97,6 +98,7 @@ def test_lightning() -> None:
     assert moved_by_swaps(sire.model) < moved_by_swaps(plain.model) / 10
 
 
+@pytest.mark.proof
 @others_warn
 def test_hugging_face_trainer(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -152,6 +154,7 @@ def _seeded() -> Model:
     return Model()
 
 
+@pytest.mark.proof
 @others_warn
 def test_the_callback_for_lightning_joins_what_accumulation_divides(tmp_path) -> None:
     lightning = pytest.importorskip("lightning")
@@ -196,6 +199,7 @@ def test_the_callback_for_lightning_joins_what_accumulation_divides(tmp_path) ->
         assert f"sire/{name}" in told.read_text()
 
 
+@pytest.mark.proof
 @others_warn
 def test_the_callback_for_the_hugging_face_trainer(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
@@ -247,6 +251,7 @@ def test_the_callback_for_the_hugging_face_trainer(tmp_path) -> None:
     assert {f"sire/{name}" for name in ("penalty", "weight", "penalty_to_loss", "order_sensitivity")} <= told
 
 
+@pytest.mark.proof
 @others_warn
 @pytest.mark.parametrize("inside", [False, True], ids=["over-padding", "inside-lengths"])
 def test_pytorch_geometric(inside: bool) -> None:
