@@ -190,6 +190,8 @@ class _SwapLayer(nn.RNNBase):
         if isinstance(input, Tensor) and 0 in input.shape[:-1]:
             return True
         weight, states = self.weight_hh_l0, hx if isinstance(hx, (tuple, list)) else (hx,)
+        if self._two_states and hx is not None and len(states) != 2:
+            return True
         fits = all(s is None or s.dtype == weight.dtype for s in states)
         return not fits and not torch.is_autocast_enabled(weight.device.type)
 
@@ -246,7 +248,8 @@ class _SwapLayer(nn.RNNBase):
                 output, last = output.squeeze_(batch_dim), tuple(s.squeeze_(1) for s in last)
             return output, self._tuple(last)
 
-        x = x.transpose(0, 1) if self.batch_first else x
+        if self.batch_first:  # a copy, as torch has it: the caller may change the input
+            x = x.transpose(0, 1).contiguous()
         if lengths is not None:
             lengths = torch.as_tensor(lengths)
             check_lengths(*x.shape[:2], lengths)
@@ -390,7 +393,10 @@ def _swap_class(kind: type[nn.RNNBase]) -> type[_SwapLayer]:
     if kind not in _made:
         ours = next(_classes[base] for base in kind.__mro__ if base in _classes)
         names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-        _made[kind] = types.new_class(kind.__name__, (kind, ours), exec_body=lambda body: body.update(names))
+        try:
+            _made[kind] = types.new_class(kind.__name__, (kind, ours), exec_body=lambda body: body.update(names))
+        except TypeError as error:  # of a metaclass, or of __init_subclass__
+            raise ValueError(f"model: {kind.__name__} cannot be derived from: {error}") from error
     return _made[kind]
 
 
@@ -491,8 +497,9 @@ def convert(
     torchs = [(name, m) for name, m in found if not isinstance(m, _SwapLayer)]
     for name, module in torchs:
         _check_forward(name, module)
-    for _, module in torchs:
-        module.__class__ = _class_of(module, _swap_class)
+    kinds = [_class_of(module, _swap_class) for _, module in torchs]
+    for (_, module), kind in zip(torchs, kinds, strict=True):
+        module.__class__ = kind
     for _, module in found:
         module._set_swaps(swaps, compare, weight, recompute)
     return model
@@ -512,7 +519,7 @@ def revert(model: Model) -> Model:
         The same model.
 
     Raises:
-        ValueError: a layer is of a subclass of sire_fast's.
+        ValueError: a layer is of a subclass of sire_fast's, or its forward was replaced; the model is as it was.
 
     Example:
         >>> import sire_fast
@@ -520,6 +527,9 @@ def revert(model: Model) -> Model:
         True
     """
     found = [m for m in model.modules() if isinstance(m, _SwapLayer)]
+    for module in found:
+        if "forward" in module.__dict__:
+            raise ValueError(f"model: the forward of {module} was replaced on the object; undo that before revert")
     kinds = [_class_of(module, _torch_class) for module in found]
     for module, kind in zip(found, kinds, strict=True):
         for name in ("swaps", "compare", "recompute", "_exchanged", "_warned", "_ledger", "_qconfig"):

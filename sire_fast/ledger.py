@@ -47,53 +47,85 @@ _DROPPED = (
 )
 
 
+class Mark:
+    """Whether a backward has come through a forward. It is all that a hook holds of it, since what was computed holds
+    the hook."""
+
+    def __init__(self) -> None:
+        self.differentiated = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.differentiated = True
+
+
 class Forward:
     """A forward whose penalty the caller adds to the loss.
 
     Attributes:
-        differentiated: whether a backward has come through what it returned, or through its penalty.
         compared: held here for a while.
         node: weak, of the graph; it holds what is compared, as long as anybody holds what the forward returned.
     """
 
     def __init__(self, weights: list[Tensor], compared: Compared) -> None:
-        self.differentiated = False
+        self.mark = Mark()
         self.weights, self.versions = weights, [w._version for w in weights]
         self.compared: Compared | None = compared
         self.node: Callable[[], Any] = lambda: None
 
-    def mark(self, gradient: Tensor) -> None:
-        """A hook for what was made of it."""
-        self.differentiated = True
-
     @property
     def over(self) -> bool:
-        return self.differentiated or self.versions != [w._version for w in self.weights]
+        return self.mark.differentiated or self.versions != [w._version for w in self.weights]
 
     def found(self) -> Compared | None:
         """What is compared, None if it is gone."""
         return self.compared or getattr(self.node(), "compared", None)
 
 
-class Round:
-    """The forwards up to a backward, of a layer whose penalty joins by itself.
+class Note(Mark):
+    """A forward whose penalty joins by itself.
 
     Attributes:
-        differentiated: whether a backward has come through one of them.
-        count: variants of all of them.
+        count: of its variants.
         total: of their penalties, detached.
-        key: its number.
+        node: weak, of the graph, which is gone when nobody holds what the forward returned; None where it is not known.
+        joined: whether the penalty has.
     """
+
+    def __init__(self, penalty: Tensor, round: Round) -> None:
+        super().__init__()
+        self.count, self.total, self.round = penalty.numel(), penalty.detach().sum(), round
+        self.node: weakref.ref | None = None
+        self.joined = False
+        self.key = next(_keys)
+
+    @property
+    def counts(self) -> bool:
+        return self.differentiated or self.node is None or self.node() is not None
+
+
+class Round:
+    """The forwards up to a backward, of a layer whose penalty joins by itself."""
 
     def __init__(self) -> None:
         self.differentiated = False
-        self.count, self.total = 0, None
-        self.key = next(_keys)
+        self.notes: list[Note] = []
 
-    def add(self, penalty: Tensor) -> None:
-        self.count += penalty.numel()
-        more = penalty.detach().sum()
-        self.total = more if self.total is None else more + self.total.to(more.device)
+    def add(self, penalty: Tensor) -> Note:
+        self.notes = [*(n for n in self.notes if n.counts), Note(penalty, self)]
+        return self.notes[-1]
+
+    @property
+    def count(self) -> int:
+        """Variants of all forwards that count."""
+        return sum(n.count for n in self.notes if n.counts)
+
+    def mean(self) -> Tensor | None:
+        """Of the penalties, detached; None if there was no forward."""
+        notes = [n for n in self.notes if n.counts] or self.notes[-1:]
+        if not notes:
+            return None
+        total = sum((n.total.to(notes[0].total.device) for n in notes[1:]), notes[0].total)
+        return total / max(sum(n.count for n in notes), 1)
 
 
 class _State:
@@ -107,6 +139,7 @@ class _State:
         self.passing: deque[Compared] = deque(maxlen=64)
         # of passes that a backward will run again, in a checkpoint without gradients: read in there
         self.hidden: deque[Compared] = deque(maxlen=64)
+        self.earlier: list[Compared] = []  # of runs of compiled functions before the last
         self.told = _NEVER
 
     def clear(self) -> None:
@@ -134,7 +167,7 @@ class Ledger:
 
     def __init__(self, weight: Weight | None = None) -> None:
         if isinstance(weight, Tensor):
-            fits = weight.dim() == 0 and weight.dtype.is_floating_point
+            fits = weight.dim() == 0 and weight.dtype.is_floating_point and 0 <= weight.item() < math.inf
         else:
             fits = weight is None or callable(weight) or (isinstance(weight, Real) and 0 <= weight < math.inf)
         if not fits:
@@ -183,15 +216,14 @@ class Ledger:
         transformed = torch._C._are_functorch_transforms_active()
         state.told = _OVER
         if self.joins:
-            if not torch.is_grad_enabled():
-                self._note(compared.penalty)
-                return output, last
             if transformed:
                 output, *last = _GiveTransformed.apply(self, compared.penalty, output, *last)
                 return output, tuple(last)
-            noted = self._note(compared.penalty)
-            noted.count = noted.count or compared.penalty.numel()
-            output, *last = _Give.apply(self, noted, compared.penalty, output, *last)
+            note = self._note(compared.penalty)
+            if not torch.is_grad_enabled():
+                return output, last
+            output, *last = _Give.apply(self, note, weights[0], compared.penalty, output, *last)
+            note.node = output.grad_fn and weakref.ref(output.grad_fn)
             return output, tuple(last)
         if rerun or transformed:
             state.passing.append(compared)
@@ -204,7 +236,7 @@ class Ledger:
         forward = Forward(weights, compared)
         if compared.output is output:
             output = ops.own_memory(output)
-        output, *last = _Give.apply(None, forward, None, output, *last)
+        output, *last = _Give.apply(None, forward.mark, None, None, output, *last)
         if output.grad_fn is not None:
             output.grad_fn.compared = compared
             forward.node = weakref.ref(output.grad_fn)
@@ -220,26 +252,39 @@ class Ledger:
         self._state.round = Round()
         self._state.round.add(penalty)
 
-    def _note(self, penalty: Tensor) -> Round:
-        """The round of a forward, which is counted unless a backward runs it again."""
+    def _note(self, penalty: Tensor) -> Note:
+        """A forward, which counts in its round unless a backward runs it again."""
         state = self._state
         with state.lock:
-            if not in_backward():
-                if state.round.differentiated:
-                    state.round = Round()
-                state.round.add(penalty)
-            return state.round
+            if in_backward():
+                return Note(penalty, state.round)
+            if state.round.differentiated:
+                state.round = Round()
+            return state.round.add(penalty)
 
     def _trace(self, compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
-        kept: Any = compared
+        kept: Any
         if self.joins:  # as a result of the graph the note cannot be put off until the backward
             kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
+        else:
+            kept = compared._replace(penalty=torch.ops.sire_fast.turn(compared.penalty, self.key))
         self.traced = (kept,) if _first_in_trace(self) else (*self.traced, kept)
         return output, tuple(last)
 
+    def turn(self) -> None:
+        """Put away what the last run of a compiled function compares, before another takes its place."""
+        if in_backward():
+            return
+        earlier = self._state.earlier
+        earlier[:] = [c for c in (*earlier, *self.traced) if not _freed(c.penalty)]
+        self.traced = ()
+        if len(earlier) > _HELD:
+            del earlier[:-_HELD]
+            warn(_DROPPED)
+
     # ---------------------------------------------------------------- the penalty's side
 
-    def counting(self) -> list[tuple[Compared, Callable[[Tensor], None] | None]]:
+    def counting(self) -> list[tuple[Compared, Mark | None]]:
         """What the forwards that count compare, of a layer whose weight does not join by itself, and the hook that is
         to learn of a backward through it.
 
@@ -260,32 +305,35 @@ class Ledger:
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
-        self.traced = tuple(c for c in self.traced if not _freed(c.penalty))
+        traced = [c for c in (*state.earlier, *self.traced) if not _freed(c.penalty)]
         found = [(f.found(), f.mark) for f in state.forwards if not f.over]
-        return [(c, mark) for c, mark in found if c is not None] + [(c, None) for c in self.traced]
+        return [(c, mark) for c, mark in found if c is not None] + [(c, None) for c in traced]
 
     def joined(self) -> Tensor | None:
         """The penalty of the last round, detached, of a layer whose weight joins by itself; None if there is none."""
         if torch.compiler.is_compiling():
             raise RuntimeError(f"penalty: {_COMPILED}")
-        of = self._state.round
-        return None if of.total is None else of.total / max(of.count, 1)
+        return self._state.round.mean()
 
     @property
     def told(self) -> str:
         """Why nothing counts."""
         return self._state.told
 
-    def share(self, of: Round, like: Tensor) -> Tensor:
-        """The gradient of each variant's penalty, of so many in a round, 0-d."""
-        of.differentiated = True
+    def share(self, note: Note, like: Tensor) -> Tensor:
+        """The gradient of each variant's penalty of a forward, 0-d."""
+        note.differentiated = note.round.differentiated = True
         weight = self.weight() if callable(self.weight) else self.weight
         wide = torch.promote_types(like.dtype, torch.float32)
-        return torch.as_tensor(weight, dtype=wide).detach().to(like.device) / max(of.count, 1)
+        try:
+            weight = torch.as_tensor(weight, dtype=wide).detach().reshape(())
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"weight: expected a number or a 0-d tensor from {self.weight}, got {weight!r}") from error
+        return weight.to(like.device) / max(note.round.count or note.count, 1)
 
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
-_rounds: weakref.WeakValueDictionary[int, Round] = weakref.WeakValueDictionary()
+_notes: dict[int, Note] = {}  # the last ones of compiled functions
 
 
 def _let_go(forwards: list[Forward]) -> None:
@@ -346,22 +394,42 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ledger: Ledger | None, noted: Forward | Round, penalty: Tensor | None, *results: Tensor
+        ctx: Any, ledger: Ledger | None, mark: Mark, weight: Tensor | None, penalty: Tensor | None, *results: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.ledger, ctx.noted = ledger, noted
-        ctx.shape = None if penalty is None else penalty.shape
+        ctx.ledger, ctx.mark = ledger, mark
+        if ledger is not None:
+            ctx.shape, ctx.weight = penalty.shape, _node(weight)
         ctx.set_materialize_grads(False)
         return tuple(t.data for t in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.noted.differentiated = True
         joined = None
-        if ctx.ledger is not None:  # once, however many backwards come through
+        if ctx.ledger is not None and _joins_now(ctx.mark, ctx.weight):
             like = next(g for g in grads if g is not None)
-            joined = ctx.ledger.share(ctx.noted, like).expand(ctx.shape)
-            ctx.ledger = None
-        return None, None, joined, *grads
+            joined = ctx.ledger.share(ctx.mark, like).expand(ctx.shape)
+        ctx.mark.differentiated = True
+        return None, None, None, joined, *grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tangents[4:]
+
+
+def _node(weight: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(weight).node if weight.requires_grad else None
+
+
+def _joins_now(note: Note, weight: Any) -> bool:
+    """Whether the penalty joins in this backward, given the node of a weight: in each torch.autograd.grad that asks for
+    weights, and in the first .backward() that reaches them, however many there are."""
+    try:
+        reached = weight is None or torch._C._will_engine_execute_node(weight)
+    except RuntimeError:  # which is how the engine says that this is torch.autograd.grad
+        return True
+    joins = reached and not note.joined
+    note.joined = note.joined or reached
+    return joins
 
 
 class _GiveTransformed(torch.autograd.Function):
@@ -375,18 +443,18 @@ class _GiveTransformed(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
-        ctx.ledger, ctx.shape, ctx.noted = inputs[0], inputs[1].shape, Round()
-        ctx.noted.count = inputs[1].numel()
+        ctx.ledger, ctx.shape, ctx.note = inputs[0], inputs[1].shape, Note(inputs[1], Round())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.ledger.share(ctx.noted, grads[0]).expand(ctx.shape), *grads
+        return None, ctx.ledger.share(ctx.note, grads[0]).expand(ctx.shape), *grads
 
 
 # In a compiled function, which neither keeps nor reads Python's objects when it runs, operators do it.
 
 ops.LIBRARY.define("note(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
-ops.LIBRARY.define("share(Tensor gradient, Tensor round, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+ops.LIBRARY.define("share(Tensor gradient, Tensor note, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+ops.LIBRARY.define("turn(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 
 
 class _GiveTraced(torch.autograd.Function):
@@ -406,9 +474,11 @@ class _GiveTraced(torch.autograd.Function):
 
 @torch.library.impl("sire_fast::note", "CompositeExplicitAutograd")
 def _note(penalty: Tensor, ledger: int) -> Tensor:
-    noted = _ledgers[ledger]._note(penalty)
-    _rounds[noted.key] = noted
-    return torch.tensor(noted.key)
+    note = _ledgers[ledger]._note(penalty)
+    _notes[note.key] = note
+    while len(_notes) > 256:
+        del _notes[next(iter(_notes))]
+    return torch.tensor(note.key)
 
 
 @torch.library.register_fake("sire_fast::note")
@@ -417,13 +487,29 @@ def _noted(penalty: Tensor, ledger: int) -> Tensor:
 
 
 @torch.library.impl("sire_fast::share", "CompositeExplicitAutograd")
-def _share(gradient: Tensor, round: Tensor, ledger: int) -> Tensor:
-    return _ledgers[ledger].share(_rounds[int(round)], gradient)
+def _share(gradient: Tensor, note: Tensor, ledger: int) -> Tensor:
+    noted = _notes[int(note)]
+    joins, noted.joined = not noted.joined, True
+    return _ledgers[ledger].share(noted, gradient) * joins
 
 
 @torch.library.register_fake("sire_fast::share")
-def _shared(gradient: Tensor, round: Tensor, ledger: int) -> Tensor:
+def _shared(gradient: Tensor, note: Tensor, ledger: int) -> Tensor:
     return gradient.new_empty((), dtype=torch.promote_types(gradient.dtype, torch.float32))
+
+
+@torch.library.impl("sire_fast::turn", "CompositeExplicitAutograd")
+def _turn(penalty: Tensor, ledger: int) -> Tensor:
+    _ledgers[ledger].turn()
+    return penalty.clone()
+
+
+@torch.library.register_fake("sire_fast::turn")
+def _turned(penalty: Tensor, ledger: int) -> Tensor:
+    return torch.empty_like(penalty)
+
+
+torch.library.register_autograd("sire_fast::turn", lambda ctx, gradient: (gradient, None))
 
 
 _traces: weakref.WeakKeyDictionary[TracingContext, set[int]] = weakref.WeakKeyDictionary()

@@ -200,12 +200,20 @@ class _SwapRNN(torch.autograd.Function):
         arguments = (*ctx.settings, needs, *grads, *inputs, h, cells, gates, spans)
         if torch._C._are_functorch_transforms_active():
             computed = _Backward.apply(*arguments)
+        elif torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"):
+            raise NotImplementedError(
+                f"sire_fast: no gradients in batches (is_grads_batched, vectorize); use {_REFERENCE}"
+            )
         elif _unseen(*inputs, *grads) and not torch.is_grad_enabled():
             computed = _run_backward(*arguments)
         else:
             computed = _call_backward(*arguments)
         wanted = (gradient if need else None for gradient, need in zip(computed, needs, strict=True))
         return *(None,) * first, *wanted, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(_ONCE)
 
 
 def _below_autograd(*arguments: Any) -> tuple[Tensor, ...]:
@@ -244,10 +252,6 @@ class _SwapRNNTransformed(_SwapRNN):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
         return _each(_SwapRNNTransformed.apply, info, in_dims, arguments)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError(_ONCE)
 
 
 class _Backward(torch.autograd.Function):
@@ -368,10 +372,8 @@ def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None else t.contiguous() for t in tensors]
 
 
-_ONCE = (
-    "sire_fast: the kernels differentiate once, backwards; for gradients of gradients, or forward mode, use "
-    'sire_fast.backends.use("reference") or backend="reference"'
-)
+_REFERENCE = 'sire_fast.backends.use("reference") or backend="reference"'
+_ONCE = f"sire_fast: the kernels differentiate once, backwards; for second derivatives or forward mode use {_REFERENCE}"
 
 
 def _no_second_gradient(ctx: Any, *grads: Tensor) -> None:

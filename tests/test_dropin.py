@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
@@ -194,6 +195,10 @@ def test_revert_gives_torchs_layer_back(kind: type[nn.RNNBase]) -> None:
 
     with pytest.raises(ValueError, match="Own is a subclass of a sire_fast layer"):
         sire_fast.revert(Own(3, 4))
+    layer = sire_fast.GRU(3, 4)
+    layer.forward = lambda x: sire_fast.GRU.forward(layer, x)
+    with pytest.raises(ValueError, match=r"the forward of GRU\(3, 4\) was replaced"):
+        sire_fast.revert(layer)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -347,6 +352,24 @@ def test_forwards_that_nobody_uses_hold_no_memory(layer: sire_fast.GRU, weight: 
     assert all("dropped" in str(w.message) for w in told)
 
 
+@pytest.mark.parametrize("weight", [None, 0.1, 0])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.filterwarnings("ignore:sire_fast. a forward in training mode was dropped")
+def test_nothing_of_a_step_stays_behind(options: dict[str, Any], weight: float | None) -> None:
+    layer, x = sire_fast.LSTM(3, 4, **options, swaps=Uniform(2), weight=weight), torch.randn(5, 2, 3)
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(o) in (sire_fast.passes.Compared, sire_fast.ledger.Note) for o in gc.get_objects())
+
+    before = alive()
+    for n in range(20):
+        loss = layer(x)[0].sum() + (sire_fast.penalty(layer) if weight is None else 0)
+        if n % 3:
+            loss.backward()
+    assert alive() - before <= 5
+
+
 def test_one_step_at_a_time_is_told_once(layer: sire_fast.GRU) -> None:
     state = None
     with warnings.catch_warnings(record=True) as told:
@@ -443,7 +466,10 @@ def test_replicas_of_data_parallel_write_where_the_caller_reads(layer: sire_fast
         replica._parameters = dict(layer._parameters)
         for name, parameter in layer._parameters.items():
             setattr(replica, name, parameter)
-    threads = [threading.Thread(target=r, args=(x,)) for r, x in zip(replicas, (X, Y), strict=True)]
+    outputs = []  # as DataParallel gathers them
+    threads = [
+        threading.Thread(target=lambda r=r, x=x: outputs.append(r(x))) for r, x in zip(replicas, (X, Y), strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -590,6 +616,52 @@ def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
     torch.testing.assert_close(_gradients(layer), expected)
 
 
+def test_a_partial_gradient_before_takes_nothing_away(layer: sire_fast.GRU) -> None:
+    """Saliency, adversarial examples, norms of gradients: only .backward() uses the penalty up."""
+    (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
+    expected = _gradients(layer)
+    layer.zero_grad()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
+    x = X.clone().requires_grad_()
+    loss = _step(layer, x)
+    torch.autograd.grad(loss, x, retain_graph=True)
+    found = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
+    torch.testing.assert_close(list(found), expected)
+    loss.backward()
+    torch.testing.assert_close(_gradients(layer), expected)
+
+
+def test_dropped_forwards_take_no_share(layer: sire_fast.GRU) -> None:
+    (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
+    expected = _gradients(layer)
+    layer.zero_grad()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
+    for _ in range(9):
+        layer(Y)
+    _step(layer, X).backward()
+    torch.testing.assert_close(_gradients(layer), expected)
+
+
+def test_all_runs_of_compiled_functions_count(layer: sire_fast.GRU) -> None:
+    """The penalty is read outside; also across graph breaks."""
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: layer(x)[0].sum(), backend="aot_eager")
+    for _ in range(2):
+        loss = run(X) + run(Y)
+        expected = (_penalty_of(layer, X) * 8 + _penalty_of(layer, Y) * 18) / 26
+        penalty = sire_fast.penalty(layer)
+        torch.testing.assert_close(penalty, expected)
+        (loss + penalty).backward()
+    with pytest.raises(RuntimeError, match="run a forward in training mode first"):
+        sire_fast.penalty(layer)
+
+
+def test_what_a_function_gives_must_be_a_weight(layer: sire_fast.GRU) -> None:
+    sire_fast.convert(layer, weight=lambda: "much")
+    with pytest.raises(ValueError, match="weight: expected a number or a 0-d tensor from"):
+        layer(X)[0].sum().backward()
+
+
 def test_through_is_not_for_a_weight_that_joins(layer: sire_fast.GRU) -> None:
     sire_fast.convert(layer, weight=0.1)
     layer(X)
@@ -655,6 +727,27 @@ def test_outputs_lie_in_memory_as_torchs(kind: type[nn.RNNBase], options: dict[s
                 for t in tensors:
                     t.detach_()
         assert results[0] == results[1]
+
+
+def test_inputs_may_be_changed_where_torch_allows_it(kind: type[nn.RNNBase]) -> None:
+    """A residual in place."""
+    theirs, ours = _both(kind, 4, 4, batch_first=True)
+    results = []
+    for layer in (theirs, ours):
+        leaf = torch.ones(2, 5, 4, requires_grad=True)
+        x = leaf * torch.arange(4.0)
+        x += layer(x)[0]
+        x.square().sum().backward()
+        results.append((leaf.grad, _gradients(layer)))
+    torch.testing.assert_close(*results)
+
+
+def test_three_states_are_torchs_error() -> None:
+    theirs, ours = _both(nn.LSTM, 3, 4)
+    h = torch.zeros(1, 2, 4)
+    for layer in (theirs, ours, sire_fast.convert(ours, swaps=None)):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(5, 2, 3), (h, h, h))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -839,6 +932,21 @@ def test_transforms_of_functions(kind: type[nn.RNNBase], options: dict[str, Any]
     with backends.use("reference"):
         if not ours.why_not_fused():
             torch.testing.assert_close(torch.func.jvp(of_x, (x,), (tangent,))[1].shape, of_x(x).shape)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own
+def test_what_the_kernels_cannot_differentiate_names_what_can(layer: sire_fast.GRU) -> None:
+    x = X.clone().requires_grad_()
+    output = layer(x)[0].flatten()[:2]
+    with pytest.raises(NotImplementedError, match=r'sire_fast\.backends\.use\("reference"\)'):
+        torch.autograd.grad(output, x, torch.eye(2, dtype=x.dtype), is_grads_batched=True)
+    for form in (None, layer.swaps):
+        layer.swaps = form
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match=r'sire_fast\.backends\.use\("reference"\)'):
+                layer(forward_ad.make_dual(X, X))
+            with backends.use("reference"):
+                assert forward_ad.unpack_dual(layer(forward_ad.make_dual(X, X))[0]).tangent is not None
 
 
 def test_transforms_with_swaps(layer: sire_fast.GRU) -> None:
