@@ -1,5 +1,5 @@
-"""Builds sire_fast._C, with the loops of csrc/cpu_kernel.cpp once for each instruction set, and, where a GPU is visible or
-FORCE_CUDA=1 asks for it, sire_fast._cuda.
+"""Builds sire_fast._C, with the loops of csrc/cpu_kernel.cpp once for each instruction set, and, where a GPU is visible
+or FORCE_CUDA=1 asks for it, sire_fast._cuda.
 
 What does not compile costs its extension alone, with a warning: everything works without them, slower.
 Everything else about the package stands in pyproject.toml.
