@@ -1,17 +1,24 @@
 """Every test starts from the same seed, in threads of torch's default number, with memory that nobody wrote filled
 with NaN: an output that a kernel leaves out cannot pass. The Triton kernels are run by Triton's interpreter, the CUDA
-kernels by a build of theirs for the CPU, see gpu_on_host.h."""
+kernels by a build of theirs for the CPU, see gpu_on_host.h. No process that a test starts outlives the tests."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import cuda_on_host
 import pytest
 import torch
+from filelock import FileLock
 
 from sire_fast.backends import cpu
 
@@ -23,6 +30,9 @@ from triton.runtime.interpreter import InterpreterBuilder
 import sire_fast.kernels.launch  # noqa: F401
 
 del os.environ["TRITON_INTERPRET"]
+
+# a shell that starts tests in the background lets them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _dot = InterpreterBuilder.create_dot
 
@@ -47,10 +57,39 @@ def _same_start() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_process_survives() -> Iterator[None]:
+    if sys.platform != "linux":
+        yield
+        return
+    ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: children of children that have ended become ours
+    yield
+    deadline = time.monotonic() + 10
+    while left := _children():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+
+
+def _children() -> list[str]:
+    """Command lines of this process's children, but those that end with it."""
+    pids = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    commands = []
+    for path in (Path("/proc", pid, "cmdline") for pid in pids):
+        with suppress(OSError):
+            commands.append(path.read_text().replace("\0", " "))
+    helpers = ("multiprocessing.resource_tracker", "_inductor/compile_worker")
+    return [command for command in commands if command and not any(helper in command for helper in helpers)]
+
+
 @pytest.fixture(scope="session")
 def host_build(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """The CUDA kernels for the CPU."""
-    return cuda_on_host.load(cuda_on_host.build(tmp_path_factory.mktemp("cuda")))
+    """The CUDA kernels for the CPU, built once for all processes that the tests are shared among."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with FileLock(folder / "cuda.lock"):
+        path = next(folder.glob("_cuda*"), None) or cuda_on_host.build(folder)
+    return cuda_on_host.load(path)
 
 
 @pytest.fixture(autouse=True)
@@ -65,4 +104,5 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if cpu.MISSING:
-        raise pytest.UsageError(f"the tests need the compiled extension: {cpu.MISSING}")
+        why = "pip install --verbose --editable . tells why it was not built"
+        raise pytest.UsageError(f"the tests need the compiled extension: {cpu.MISSING}; {why}")

@@ -118,6 +118,17 @@ def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "with FORCE_CUDA=1" in backends.why_not("cuda", dtype=FLOAT, **call)[0]
 
 
+def test_gpus_of_amd_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls them cuda, and their compute capability looks like one of NVIDIA's."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 4))
+    call = {"cell": "gru", "dtype": FLOAT, "device": "cuda:0", "hidden_size": 64}
+    for backend in ("triton", "cuda"):
+        reason = f"{backend}: runs on NVIDIA's GPUs, got torch built for AMD's, with HIP 6.4"
+        assert backends.why_not(backend, **call) == [reason]
+    assert backends.choose("auto", **call) == "reference"
+
+
 @pytest.mark.parametrize(("fastest", "served"), [(None, "triton"), ("cuda", "cuda"), ("torch", "torch")])
 def test_auto_takes_what_was_measured(
     fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,7 @@ def in_processes(directory: Path, work: Callable[..., None], *arguments: Any) ->
     finally:
         for process in processes.processes:
             process.kill()
+            process.join()
 
 
 def _process(rank: int, directory: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -294,15 +295,21 @@ def test_ctrl_c_stops_all_after_the_same_step(monkeypatch, tmp_path: Path) -> No
 def test_torchrun(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
-    done = subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *torchrun, "-m", "sire_fast", "train", "sum", "--hidden=4", "--steps=3", "--out=run"],
         env=ENVIRONMENT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
-        check=False,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("order sensitivity: mean") == 1
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # torchrun leaves its workers behind if it is killed
+        process.communicate()
+    assert process.returncode == 0, err
+    assert out.count("order sensitivity: mean") == 1
     assert {path.name for path in Path("run").iterdir()} == set(FILES)
     assert len(torch.load("run/model.pt")["random"]) == PROCESSES

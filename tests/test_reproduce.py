@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +29,9 @@ from sire_fast.lab.paper.trials import Trial
 from sire_fast.lab.tasks import TASKS
 
 TINY = Trial("parity", hidden=4, steps=3, batch=4, examples=20, test_lengths=(4,))
+
+
+on_linux = pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
 
 
 @pytest.fixture(autouse=True)
@@ -92,30 +97,53 @@ def test_a_trial_that_diverges_is_measured_before(monkeypatch, factor):
     assert "diverged" in report.markdown("name", [], report.tables(found))
 
 
-def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path):
+@contextmanager
+def experiment(directory: Path) -> Iterator[tuple[subprocess.Popen[str], list[Path]]]:
+    """One that is under way in a process of its own, and the command lines of the processes that it has started."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sire_fast", "reproduce", "figure1", "--preset", "full", "--out", "out"],
-        cwd=tmp_path,
+        cwd=directory,
         env={**os.environ, "PYTHONPATH": str(Path(sire_fast.__file__).parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    deadline = time.monotonic() + 120
-    while not [*tmp_path.rglob("*.json")] and process.poll() is None and time.monotonic() < deadline:
+    try:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        deadline = time.monotonic() + 120
+        while not [*directory.rglob("*.json")] and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield process, [Path("/proc", pid, "cmdline") for pid in children.read_text().split()]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def assert_gone(processes: list[Path]) -> None:
+    deadline = time.monotonic() + 10
+    while alive := [path for path in processes if path.exists() and path.read_bytes()]:  # what has ended has no command
+        assert time.monotonic() < deadline, alive
         time.sleep(0.1)
-    workers = [Path("/proc", pid, "cmdline") for pid in children.read_text().split()] if children.exists() else []
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+
+
+@on_linux
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path):
+    with experiment(tmp_path) as (process, workers):
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert (process.returncode, err.count("\n")) == (130, 1)
     assert "the same command goes on: sire-fast reproduce figure1 --preset full" in err
     assert [json.loads(path.read_text())["trial"]["problem"] for path in tmp_path.rglob("*.json")]
     assert not [*tmp_path.rglob("*.tmp")]
-    deadline = time.monotonic() + 10
-    while alive := [path for path in workers if path.exists() and path.read_bytes()]:  # what has ended has no command
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.1)
+    assert_gone(workers)
+
+
+@on_linux
+def test_no_worker_outlives_its_parent(tmp_path):
+    with experiment(tmp_path) as (process, workers):
+        assert len(workers) > 1
+        process.kill()
+    assert_gone(workers)
 
 
 def test_equal_time_goes_on_behind_equal_steps():

@@ -244,6 +244,14 @@ def test_bad_input_is_told_in_one_line(capsys, tmp_path, arguments, named):
     assert {*tmp_path.rglob("*")} == before
 
 
+def test_debug_shows_the_traceback_behind_the_line(capsys):
+    code, out, err = command(capsys, "--debug", "eval", "missing")
+    assert (code, out) == (2, "")
+    assert err.startswith("Traceback")
+    assert "in load\n" in err
+    assert err.splitlines()[-1] == command(capsys, "eval", "missing")[2].strip()
+
+
 TINY = ("--hidden", 4, "--steps", 6, "--batch", 2)
 
 
@@ -312,11 +320,15 @@ def test_ctrl_c_keeps_the_checkpoint():
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not Path("run/model.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 60
+        while not Path("run/model.pt").exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.communicate()
     step = Run.load(Path("run")).step
     assert 0 < step < 5000
     assert err == f"sire-fast: interrupted after step {step}; to go on: sire-fast train sum --resume run\n"

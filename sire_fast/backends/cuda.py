@@ -59,6 +59,8 @@ class Group(NamedTuple):
 
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
+    if reasons := gpu.why_not_here("cuda"):
+        return reasons
     if _cuda is None:
         built = "built where a GPU is visible, or with FORCE_CUDA=1"
         return [f"cuda: the extension sire_fast._cuda, which is {built}, cannot be loaded: {MISSING}"]

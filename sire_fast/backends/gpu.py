@@ -28,6 +28,12 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
     return FASTEST.get((cell, padded, str(dtype).removeprefix("torch."), 10 * major + minor))
 
 
+def why_not_here(backend: str) -> list[str]:
+    """The reason why no kernel for NVIDIA's GPUs runs under a torch for AMD's, which calls those cuda too."""
+    hip = torch.version.hip
+    return [f"{backend}: runs on NVIDIA's GPUs, got torch built for AMD's, with HIP {hip}"] if hip else []
+
+
 class Plan(NamedTuple):
     """Attributes:
     sequences: N, of a tile.

@@ -21,6 +21,8 @@ _LEAST_CAPABILITY = (8, 0)
 
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
+    if reasons := gpu.why_not_here("triton"):
+        return reasons
     reasons = []
     if not _INSTALLED:
         reasons.append("triton: the package triton is not installed")

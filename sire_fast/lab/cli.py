@@ -1,6 +1,6 @@
 """The command line: train, eval, inspect, bench, reproduce, doctor, demo.
 
-Bad input ends with a line on stderr and exit code 2.
+Bad input ends with a line on stderr and exit code 2; --debug before the command shows where an error came from.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import json
 import os
 import platform
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, fields, replace
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -49,6 +50,7 @@ _UsageError = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="Train recurrent networks that do not care about the order of their input.",
+    epilog="sire-fast --debug COMMAND ... shows the traceback of an error.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -58,13 +60,16 @@ app = typer.Typer(
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv by default) and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = arguments[:1] == ["--debug"]
+    arguments = arguments[debug:]
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     try:
         if by_torchrun:
             _join_group()
             if arguments[:1] != ["train"]:
                 raise _UsageError(f"torchrun: expected the command train, got {' '.join(arguments[:1]) or 'none'}")
-        code = app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
+        with _traceback() if debug else nullcontext():
+            code = app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
     except _UsageError as error:
         _complain(error.format_message())
         code = 2
@@ -79,6 +84,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if by_torchrun and distributed.is_initialized():
         distributed.destroy_process_group()
     return code
+
+
+@contextmanager
+def _traceback() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
 
 
 def _join_group() -> None:

@@ -9,7 +9,9 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -245,7 +247,14 @@ def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callab
 
 def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """However that ends: nobody else would stop a training."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _done(path: Path, trial: Trial) -> bool:
