@@ -5,7 +5,7 @@ kernels by a build of theirs for the CPU, see gpu_on_host.h."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +51,21 @@ def _same_start() -> Iterator[None]:
 def host_build(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """The CUDA kernels for the CPU."""
     return cuda_on_host.load(cuda_on_host.build(tmp_path_factory.mktemp("cuda")))
+
+
+@pytest.fixture
+def allow_tf32() -> Iterator[dict[str, Callable[[bool], None]]]:
+    """The ways to tell torch whether products of float32 may be TF32 on a GPU; undone behind the test."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield {
+        "set_float32_matmul_precision": lambda may: torch.set_float32_matmul_precision("high" if may else "highest"),
+        "fp32_precision": lambda may: setattr(matmul, "fp32_precision", "tf32" if may else "ieee"),
+        "fp32_precision, none": lambda may: setattr(matmul, "fp32_precision", "tf32" if may else "none"),
+    }
+    torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(autouse=True)

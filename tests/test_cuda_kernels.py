@@ -9,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cuda_on_host
 import pytest
 import torch
-from oracle import Case, assert_as_good_as_reference, cast, make, run
+from oracle import Case, assert_as_good_as_reference, assert_padding_does_not_matter, cast, make, run
 
 from sire_fast import GRU, backends
 from sire_fast.backends import cuda, gpu
@@ -93,15 +94,15 @@ def test_recomputed_gates_give_the_same_bits() -> None:
         assert torch.equal(value, kept[name]), name
 
 
-def test_products_of_float32_are_tf32_where_torch_allows_it() -> None:
+@pytest.mark.parametrize("way", ["set_float32_matmul_precision", "fp32_precision", "fp32_precision, none"])
+def test_products_of_float32_are_tf32_where_torch_allows_it(way: str, allow_tf32: Any) -> None:
     arguments = cast(make(Case("gru", 5, 3, 33, 2)), FLOAT)
     exact = run("gru", arguments, "cuda")["output"]
-    torch.set_float32_matmul_precision("high")
-    try:
-        coarse = run("gru", arguments, "cuda")["output"]
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    allow_tf32[way](True)
+    coarse = run("gru", arguments, "cuda")["output"]
+    allow_tf32[way](False)
     assert 1e-5 < (coarse - exact).abs().max() < 1e-2
+    assert torch.equal(run("gru", arguments, "cuda")["output"], exact)
 
 
 def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +152,18 @@ def test_what_a_gpu_lacks(capability: tuple[int, int], host: ModuleType, monkeyp
         assert small == ["cuda: needs compute capability 8.0 or above, cuda:0 has 7.5"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_stands_behind_a_sequence_stays_out_of_the_gradients(value: float) -> None:
+    assert_padding_does_not_matter("gru", value, FLOAT, "cuda")
+
+
 def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
-    """Every cell, alone and in a cluster, under AddressSanitizer: of all tensors and of shared memory."""
+    """Every cell, alone and in a cluster, and positions outside their sequences, under AddressSanitizer: of all tensors
+    and of shared memory."""
     cuda_on_host.build(tmp_path, ("-O1", "-fsanitize=address"))
     code = (
-        "import os, pathlib, torch, cuda_on_host\n"
-        "from oracle import Case, assert_as_good_as_reference, make\n"
+        "import os, pathlib, pytest, torch, cuda_on_host\n"
+        "from oracle import Case, assert_as_good_as_reference, cast, make, run, with_wrong_positions\n"
         "from sire_fast.backends import cuda\n"
         "cuda_on_host.use(cuda_on_host.load(next(pathlib.Path(os.environ['BUILT']).glob('_cuda*'))), 2)\n"
         "for cell in ('rnn_tanh', 'gru', 'lstm'):\n"
@@ -164,6 +171,10 @@ def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
         "        cuda.group = lambda *_, group=group: group\n"
         "        case = Case(cell, 4, 3, 33, 3, ragged=True, recompute=True)\n"
         "        assert_as_good_as_reference(cell, make(case), torch.float32, 'cuda')\n"
+        "for arguments in with_wrong_positions('gru', pytest.MonkeyPatch()):\n"
+        "    for group in (cuda.Group(1, False), cuda.Group(2, True)):\n"
+        "        cuda.group = lambda *_, group=group: group\n"
+        "        run('gru', cast(arguments, torch.float32), 'cuda')\n"
     )
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
     environment = os.environ | {

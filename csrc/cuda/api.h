@@ -15,7 +15,7 @@ constexpr int kRows = 16;
 
 struct Pass {
   int T, B, K, H;
-  int S;       // rows of `spans` for a variant
+  int S;       // rows of `spans` for a variant; T where none are kept
   int N, V;    // sequences of a tile, and variants of each that run in lock step with it
   int groups;  // that run at once
   int blocks;  // of a group, between which the units are split
@@ -30,7 +30,7 @@ struct Pass {
   const float* start[2];   // h0, c0: (B, H); null where STATES = 1, like all pairs here
   const int64_t* swaps;    // (B, K, 2)
   const int64_t* ends;     // (B, K)
-  const int64_t* lengths;  // (B)
+  const int64_t* lengths;  // (B); of these three nobody has checked the values
 };
 
 struct Forward : Pass {

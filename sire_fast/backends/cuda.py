@@ -196,7 +196,7 @@ def backward(
         _run("gather", cell, x, (T, B, K, H, S), (swaps, ends, d_spans, d_first, dx_proj))
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         gpu.fill(gradient, lambda found=found: found)
-    gpu.fill_projected(dx_proj, x, w_ih, dx, dw_ih, db_ih)
+    gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 
 
 def groups(device: torch.device) -> list[Group]:
@@ -234,8 +234,7 @@ def _launch(kernel: str, call: Call, longest: int, x: Tensor, tensors: Sequence[
     if with_mailbox:
         mailbox = torch.empty(count * _cuda.mailbox_bytes(*size, blocks), dtype=torch.uint8, device=x.device)
         arrived = _arrived(count * blocks, x)
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    numbers = call.T, call.B, call.K, call.H, call.S, *plan, count, blocks, int(tf32)
+    numbers = call.T, call.B, call.K, call.H, longest, *plan, count, blocks, int(gpu.allows_tf32())
     _run(kernel, call.cell, x, numbers, (mailbox, arrived, *tensors))
 
 
