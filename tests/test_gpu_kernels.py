@@ -123,15 +123,11 @@ def test_true_float32_unless_torch_allows_tf32(way: str, allow_tf32: Any) -> Non
     assert launch.arithmetic(torch.float32) == "tf32x3"
 
 
-def command(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        cwd=ROOT, env=_compiling(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-
-
-def _compiling() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_no_address_lies_outside_whatever_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +179,7 @@ def test_tanh_is_exact_with_the_exp_of_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_all_lanes_that_store_a_penalty_have_the_same_bits() -> None:
-    """A square that is fused with what comes from another lane is rounded once in one of the two, and not in the other."""
+    """A square that is fused with what comes from another lane is rounded in one of the two only."""
     code = (
         "import re\n"
         "from bench import aot\n"
@@ -210,7 +206,7 @@ def test_what_stands_behind_a_sequence_stays_out_of_the_gradients(value: float) 
 
 def test_kernels_compile_and_fit_without_a_gpu() -> None:
     """The largest of those that keep the weights on chip, and one whose weights stream; bench.aot compiles them all."""
-    done = command("bench.aot", "--backend", "triton", "--cell", "gru", "--only", "bfloat16:128", "tf32x3:512")
+    done = command("-m", "bench.aot", "--backend", "triton", "--cell", "gru", "--only", "bfloat16:128", "tf32x3:512")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "30 of 30 kernels fit" in done.stdout
     assert "m16n8k16" in done.stdout
@@ -219,7 +215,7 @@ def test_kernels_compile_and_fit_without_a_gpu() -> None:
 def test_kernels_compile_where_no_row_is_aligned() -> None:
     """H of 100 without spills, and odd, where Triton 3.6 has died of masks: bench.aot --triton tries those versions."""
     sizes = ("bfloat16:100", "tf32x3:201")
-    done = command("bench.aot", "--backend", "triton", "--cell", "gru", "--capability", "90", "--only", *sizes)
+    done = command("-m", "bench.aot", "--backend", "triton", "--cell", "gru", "--capability", "90", "--only", *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 of 10 kernels fit" in done.stdout
     aligned = done.stdout.split("H<=201")[0]
@@ -227,6 +223,6 @@ def test_kernels_compile_where_no_row_is_aligned() -> None:
 
 
 def test_no_tuning_without_a_gpu() -> None:
-    done = command("bench.tune")
+    done = command("-m", "bench.tune")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
