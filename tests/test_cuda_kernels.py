@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -155,6 +156,68 @@ def test_what_a_gpu_lacks(capability: tuple[int, int], host: ModuleType, monkeyp
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_stands_behind_a_sequence_stays_out_of_the_gradients(value: float) -> None:
     assert_padding_does_not_matter("gru", value, FLOAT, "cuda")
+
+
+@pytest.fixture
+def clusters_run(host: ModuleType) -> Iterator[Callable[[int], None]]:
+    """Lets so many clusters run at once."""
+
+    def run(clusters: int) -> None:
+        host.run_at_once(clusters)
+        cuda.group.cache_clear()
+        cuda.at_once.cache_clear()
+
+    yield run
+    run(1 << 20)
+
+
+@pytest.mark.parametrize(("clusters", "groups"), [(1, 1), (3, 3), (20, 9)])
+def test_no_more_clusters_than_run_at_once(
+    clusters: int, groups: int, clusters_run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A multiprocessor without neighbours is in no cluster: 132 of them may make 15 of 8, not 16."""
+    clusters_run(clusters)
+    started = []
+    run_kernel = cuda._run
+
+    def recorded(kernel: str, cell: str, x: Any, numbers: Any, tensors: Any) -> None:
+        started.extend([numbers[7:9]] if kernel != "gather" else [])
+        run_kernel(kernel, cell, x, numbers, tensors)
+
+    monkeypatch.setattr(cuda, "_run", recorded)
+    assert_as_good_as_reference("lstm", make(Case("lstm", 3, 9, 128, 1)), FLOAT, "cuda")
+    assert [*map(tuple, started)] == [(groups, 2)] * 2
+
+
+def test_where_no_cluster_has_room(clusters_run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks meet in global memory; where there are too few of them for that the call is refused with a reason."""
+    chip = cuda._chip(torch.device("cpu"))
+    assert cuda.group("gru", "bfloat16", 500, chip) == Group(16, False)
+    clusters_run(0)
+    assert cuda.group("gru", "bfloat16", 500, chip) == Group(16, True)
+    assert_as_good_as_reference("gru", make(Case("gru", 2, 2, 500, 1)), HALF, "cuda")
+    assert all(group.mailbox or group.blocks == 1 for group in cuda.groups(torch.device("cpu")))
+    monkeypatch.setattr(cuda, "_chip", lambda _: chip._replace(processors=15))
+    call = {"cell": "gru", "dtype": HALF, "device": "cpu", "hidden_size": 500}
+    (reason,) = backends.why_not("cuda", **call)
+    assert reason == (
+        "cuda: gru of H=500 in bfloat16 fits no group of blocks of cpu, which has 15 multiprocessors with 227 KiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "served"),
+    [(0, 90, False), (12090, 90, False), (13000, 90, True), (13000, 120, False), (13010, 120, True)],
+)
+def test_a_driver_that_is_too_old(
+    driver: int, capability: int, served: bool, host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine code wants a driver of the same major version, PTX one as new as what has written it."""
+    monkeypatch.setattr(host, "versions", lambda: (driver, 13010))
+    monkeypatch.setattr(cuda, "_chip", lambda _: Chip(divmod(capability, 10), 108, 227 << 10))
+    reasons = backends.why_not("cuda", cell="gru", dtype=HALF, device="cpu", hidden_size=64)
+    told = f"which needs a newer driver: this one knows {driver // 1000}.{driver % 1000 // 10}"
+    assert [told in reason for reason in reasons] == ([] if served else [True])
 
 
 def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:

@@ -193,9 +193,7 @@ def test_all_lanes_that_store_a_penalty_have_the_same_bits() -> None:
         "    for fused in re.findall(r'fma\\.rn\\.f32\\s(.*);', ptx):\n"
         "        assert not shuffled & {*re.findall(r'%\\w+', fused)}, fused\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=_compiling(), capture_output=True, text=True, check=False
-    )
+    done = command("-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -86,6 +86,16 @@ int blocks(int H, Dtype);
 int64_t shared_bytes(int cell, Dtype, int H, int blocks, bool mailbox);
 int64_t mailbox_bytes(int cell, Dtype, int H, int blocks);
 
+// How many clusters of so many blocks the current device runs at once, in either direction; 0 where it has no
+// room for one.
+int clusters(int cell, Dtype, int H, int blocks);
+
+// Of CUDA: that of the driver, 0 without one, and that with which this was built; 13000 is 13.0.
+struct Versions {
+  int driver, runtime;
+};
+Versions versions();
+
 int saved_gates(int cell);  // KEPT
 int gradients(int cell);    // D
 
