@@ -2,16 +2,19 @@
 
 Triton's launcher is called as for a real pass, and what it would launch is compiled; of the CUDA kernels it reads what
 the extension sire_fast._cuda holds. Prints registers, spills, shared memory and matrix instructions of each, and ends
-with exit code 1 if one does not fit its chip or spills more than SPILL_LIMIT bytes.
+with exit code 1 if one does not compile, does not fit its chip or spills more than SPILL_LIMIT bytes. `--triton 3.6.0
+3.7.1` does it with other versions of Triton, each installed into a folder of its own under the temporary one.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,13 +38,14 @@ from sire_fast.kernels.launch import SHARED_MEMORY, Launch
 
 CAPABILITIES = (80, 90, 100)
 ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HIDDEN = (16, 32, 64, 128, 256, 512, 1024)
+HIDDEN = (16, 32, 50, 64, 100, 101, 128, 200, 201, 256, 512, 1024)
 SPILL_LIMIT = 128
+UNALIGNED_SPILL_LIMIT = 1536  # where H is no multiple of 4, and every value that is moved has an address of its own
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H100 and B200
 
 
 class Job(NamedTuple):
-    """A pass and its gradient on a chip. H stands for all that are launched alike."""
+    """A pass and its gradient on a chip. H stands for all that are launched alike, and aligned alike."""
 
     capability: int
     cell: str
@@ -62,10 +66,11 @@ class Usage(NamedTuple):
     shared: int  # bytes of a block
     instructions: str  # on matrices
 
-    def complaints(self, capability: int) -> list[str]:
+    def complaints(self, capability: int, hidden: int = 0) -> list[str]:
         found = []
-        if self.spilled > SPILL_LIMIT:
-            found.append(f"spills more than {SPILL_LIMIT} bytes")
+        limit = UNALIGNED_SPILL_LIMIT if hidden % 4 else SPILL_LIMIT
+        if self.spilled > limit:
+            found.append(f"spills more than {limit} bytes")
         if self.shared > 1024 * SHARED_MEMORY[capability]:
             found.append(f"does not fit {SHARED_MEMORY[capability]} KiB")
         return found
@@ -76,7 +81,7 @@ def jobs(capabilities: Sequence[int], cells: Sequence[str], sizes: Sequence[tupl
     alike: dict[tuple[object, ...], Job] = {}
     for capability, cell, (arithmetic, hidden) in itertools.product(capabilities, cells, sizes):
         how = launches.launch(cell, hidden, arithmetic, capability)
-        alike[capability, cell, arithmetic, how] = Job(capability, cell, arithmetic, hidden, how)
+        alike[capability, cell, arithmetic, how, math.gcd(hidden, 16)] = Job(capability, cell, arithmetic, hidden, how)
     return [*alike.values()]
 
 
@@ -96,9 +101,11 @@ def compiled(job: Job) -> list[Usage]:
     JITFunction.run = run  # type: ignore[method-assign]
     launches.chip = lambda _: (job.capability, 1)
     torch.set_float32_matmul_precision("high" if job.arithmetic == "tf32" else "highest")
-    for recompute in (False, True):
-        train(job.cell, job.hidden, ARITHMETIC[job.arithmetic], recompute)
-    JITFunction.run = compile_only  # type: ignore[method-assign]
+    try:
+        for recompute in (False, True):
+            train(job.cell, job.hidden, ARITHMETIC[job.arithmetic], recompute)
+    finally:
+        JITFunction.run = compile_only  # type: ignore[method-assign]
     return [usage(name, binary) for name, binary in binaries.items()]
 
 
@@ -169,24 +176,46 @@ def extension() -> dict[int, list[Usage]]:
     return found
 
 
-def _compiled_all(todo: Sequence[Job]) -> Iterator[list[Usage]]:
+def _compiled_or_not(job: Job) -> list[Usage] | str:
+    try:
+        return compiled(job)
+    except Exception as error:  # whatever a compiler dies of
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+
+
+def _compiled_all(todo: Sequence[Job], processes: int | None) -> Iterator[list[Usage] | str]:
     """In processes of their own for each capability: within one, Triton keeps to the first that it compiles for."""
     for _, alike in itertools.groupby(todo, lambda job: job.capability):
-        with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(compiled, alike)
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(_compiled_or_not, alike)
 
 
-def _compiled(options: argparse.Namespace) -> Iterator[tuple[str, int, list[Usage]]]:
-    """What is compiled, for which capability, and what it uses."""
+def _compiled(options: argparse.Namespace) -> Iterator[tuple[str, int, int, list[Usage] | str]]:
+    """What is compiled, for which capability and H, and what it uses, or why it is not."""
     if "triton" in options.backend:
         chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
         todo = jobs(options.capability, options.cell, chosen)
-        for n, (job, used) in enumerate(zip(todo, _compiled_all(todo), strict=True), 1):
-            yield f"{n}/{len(todo)} {job}", job.capability, used
+        for n, (job, used) in enumerate(zip(todo, _compiled_all(todo, options.processes), strict=True), 1):
+            yield f"{n}/{len(todo)} {job}", job.capability, job.hidden, used
     if "cuda" in options.backend:
         for capability, used in extension().items():
             if capability in options.capability:
-                yield f"sm_{capability} {Path(cuda._cuda.__file__).name}", capability, used
+                yield f"sm_{capability} {Path(cuda._cuda.__file__).name}", capability, 0, used
+
+
+def _with_triton(version: str, arguments: Sequence[str]) -> int:
+    """The exit code of this program under another version of Triton, which is installed if it is not there yet."""
+    folder = Path(tempfile.gettempdir(), "sire_fast_triton", version)
+    print(f"Triton {version} of {folder}", flush=True)
+    if not folder.exists():
+        with tempfile.TemporaryDirectory() as partial:
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", f"--target={partial}/it"]
+            if subprocess.run([*command, f"triton=={version}"], check=False).returncode:
+                return 2
+            shutil.copytree(f"{partial}/it", folder)
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    command = [sys.executable, "-m", "bench.aot", "--backend", "triton", *arguments]
+    return subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, check=False).returncode
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,6 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", nargs="+", choices=[*CELLS], default=[*CELLS], help="of triton")
     sizes = [f"{arithmetic}:{hidden}" for arithmetic in ARITHMETIC for hidden in HIDDEN]
     parser.add_argument("--only", nargs="+", choices=sizes, default=sizes, metavar="ARITHMETIC:H", help="of triton")
+    parser.add_argument("--processes", type=int, help="that compile at once; default: one for each core")
+    parser.add_argument(
+        "--triton", nargs="+", metavar="VERSION", help="other versions of Triton than the installed one"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.aot: TRITON_INTERPRET is set, under which nothing is compiled", file=sys.stderr)
@@ -204,11 +237,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "cuda" in options.backend and not cuda._cuda:
         print(f"bench.aot: the extension sire_fast._cuda cannot be loaded: {cuda.MISSING}", file=sys.stderr)
         return 2
+    if options.triton:
+        sizes = ["--only", *options.only, "--cell", *options.cell, "--capability", *map(str, options.capability)]
+        processes = ["--processes", str(options.processes)] if options.processes else []
+        return max(_with_triton(version, [*sizes, *processes]) for version in options.triton)
     kernels = failed = 0
-    for title, capability, used in _compiled(options):
-        print(title)
+    for title, capability, hidden, used in _compiled(options):
+        print(title, flush=True)
+        if isinstance(used, str):
+            kernels, failed = kernels + 1, failed + 1
+            print(f"    FAILS: does not compile: {used}", flush=True)
+            continue
         for each in used:
-            complaints = ", ".join(each.complaints(capability))
+            complaints = ", ".join(each.complaints(capability, hidden))
             kernels, failed = kernels + 1, failed + bool(complaints)
             told = f"{each.registers:3} registers, {each.spilled:3} bytes spilled, {each.shared >> 10:3} KiB shared"
             verdict = f" FAILS: {complaints}" if complaints else ""

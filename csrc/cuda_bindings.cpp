@@ -2,6 +2,9 @@
 // started.
 #include "bindings.h"
 #include "cuda/api.h"
+#ifdef SIRE_ON_HOST
+#include "gpu_on_host.h"
+#endif
 
 namespace py = pybind11;
 using namespace sire_fast;
@@ -27,9 +30,11 @@ Dtype dtype_of(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "CUDA kernels of sire_fast; called by sire_fast.backends.cuda, which knows the order of the addresses.";
+  m.doc() =
+      "CUDA kernels of sire_fast; called by sire_fast.backends.cuda, which knows the order of the addresses.";
 #ifdef SIRE_ON_HOST
   m.attr("device") = "cpu";
+  m.def("run_at_once", [](int clusters) { gpu::machine.clusters = clusters; });
 #else
   m.attr("device") = "cuda";
 #endif
@@ -42,6 +47,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("mailbox_bytes", [](const std::string& cell, const std::string& dtype, int H, int blocks) {
     return mailbox_bytes(cell_number(cell), dtype_of(dtype), H, blocks);
   });
+  m.def("clusters", [](const std::string& cell, const std::string& dtype, int H, int blocks) {
+    return clusters(cell_number(cell), dtype_of(dtype), H, blocks);
+  });
+  m.def("versions", [] { return std::make_pair(versions().driver, versions().runtime); });
   m.def("saved_gates", [](const std::string& cell) { return saved_gates(cell_number(cell)); });
   m.def("gradients", [](const std::string& cell) { return gradients(cell_number(cell)); });
   m.def("forward", [](const std::string& cell, const std::string& dtype, const Numbers& numbers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     """How products of a dtype are taken, as tl.dot names it for float32. "tf32x3" is float32 on matrix units: a factor
     is a sum of two TF32 numbers."""
     if dtype == torch.float32:
-        return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32" if gpu.allows_tf32() else "tf32x3"
     return str(dtype).removeprefix("torch.")
 
 
@@ -67,7 +68,11 @@ def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
     weights, states = EQUATIONS[cell].gates * padded * padded * size, 16 * padded * 8
     if weights + states <= 1024 * SHARED_MEMORY.get(capability, _LEAST_SHARED_MEMORY):
         return Launch(16, True, padded, 16, 4 if padded <= 32 else 8, 1)
-    return Launch(16, False, 64, 64, 8, 2) if size == 2 else Launch(16, False, 64, 16, 8, 3)
+    # what is moved one by one has addresses of its own, which take registers
+    block = 64 if _aligned_bytes(hidden, arithmetic) >= 16 else 32
+    if size == 2:
+        return Launch(16, False, block, min(64, 16 * _align(hidden)), 8, 2)
+    return Launch(16, False, block, 16, 8, 3)
 
 
 _PARTS = 16  # of dW_hh, which are summed side by side
@@ -81,7 +86,7 @@ def chip(device: torch.device) -> tuple[int, int]:
     return 10 * found.major + found.minor, found.multi_processor_count
 
 
-def constants(cell: str, how: Launch, arithmetic: str) -> dict[str, Any]:
+def constants(cell: str, hidden: int, how: Launch, arithmetic: str) -> dict[str, Any]:
     """What the two recurrent kernels are compiled for."""
     return {
         "STEP": CELLS[cell].step,
@@ -91,6 +96,8 @@ def constants(cell: str, how: Launch, arithmetic: str) -> dict[str, Any]:
         "R": how.rows,
         "BH": how.block,
         "BK": how.inner,
+        "ALIGN": _align(hidden),
+        "enable_fp_fusion": True,
         "num_warps": how.warps,
         "num_stages": how.stages,
     }
@@ -98,9 +105,10 @@ def constants(cell: str, how: Launch, arithmetic: str) -> dict[str, Any]:
 
 def weight_constants(cell: str, hidden: int, arithmetic: str) -> dict[str, Any]:
     """What weight_kernel is compiled for."""
-    block = min(64, max(16, triton.next_power_of_2(hidden)))
+    largest = 64 if _aligned_bytes(hidden, arithmetic) >= 8 else 32
+    block = min(largest, max(16, triton.next_power_of_2(hidden)))
     sizes = {"BM": block, "BN": block, "BR": 32 if arithmetic.startswith("tf32") else 64}
-    return {**_gradients(cell), "PRECISION": _precision(arithmetic), **sizes}
+    return {**_gradients(cell), "PRECISION": _precision(arithmetic), "ALIGN": _align(hidden), **sizes}
 
 
 def gather_constants(cell: str, hidden: int, arithmetic: str) -> dict[str, Any]:
@@ -109,12 +117,21 @@ def gather_constants(cell: str, hidden: int, arithmetic: str) -> dict[str, Any]:
     return {**_gradients(cell), "WIDE": wide, "BLOCK": min(1024, triton.next_power_of_2(hidden))}
 
 
-def _gradients(cell: str) -> dict[str, int]:
-    return {"G": EQUATIONS[cell].gates, "D": CELLS[cell].gradients}
+def _gradients(cell: str) -> dict[str, Any]:
+    return {"G": EQUATIONS[cell].gates, "D": CELLS[cell].gradients, "enable_fp_fusion": True}
 
 
 def _precision(arithmetic: str) -> str:
     return arithmetic if arithmetic.startswith("tf32") else "ieee"
+
+
+def _align(hidden: int) -> int:
+    return math.gcd(hidden, 16)
+
+
+def _aligned_bytes(hidden: int, arithmetic: str) -> int:
+    """At multiples of so many bytes every row of H begins."""
+    return _align(hidden) * {"float64": 8, "tf32x3": 4, "tf32": 4}.get(arithmetic, 2)
 
 
 def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
@@ -136,7 +153,7 @@ def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Se
             gates, spans,
             T, B, K, H, S, N, V,
             KEPT=CELLS[cell].kept if gates.numel() else 0, SPANS=keeps_spans,
-            **constants(cell, how, arithmetic(x.dtype)),
+            **constants(cell, H, how, arithmetic(x.dtype)),
         )  # fmt: skip
 
 
@@ -169,7 +186,7 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
             *gpu.events(swaps, ends), dx_proj, du, d_spans, d_first, carry, d_start,
             T, B, K, H, S, N, V,
             GRADIENT=CELLS[cell].backward, KEPT=0 if recompute else CELLS[cell].kept, D=D, RECOMPUTE=recompute,
-            **constants(cell, how, arithmetic(x.dtype)),
+            **constants(cell, H, how, arithmetic(x.dtype)),
         )  # fmt: skip
         if dw_hh is not None or db_hh is not None:
             compiled_for = weight_constants(cell, H, arithmetic(x.dtype))
@@ -186,7 +203,7 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
             gather_kernel[grid](d_spans, swaps, ends, dx_proj, B, K, H, S, **compiled_for)
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         gpu.fill(gradient, lambda found=found: found)
-    gpu.fill_projected(dx_proj, x, w_ih, dx, dw_ih, db_ih)
+    gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 
 
 def _how(call: Call, x: Tensor) -> tuple[Launch, int]:

@@ -32,13 +32,24 @@ gates that the backward needs, D different blocks of gate gradients. Tuples hold
     carry                  (programs*R, STATES*H), the gradients of states where W_hh streams
     end_times, end_order   (B, K), the ends of a sequence's variants, latest first, and whose they are; so for starts
 
-Gradients that come in are as what they are of, or None for zero.
+Gradients that come in are as what they are of, or None for zero. ALIGN divides H: where it is a multiple of 4, say, the
+compiler may move so many neighbours at once, which Triton itself only sees of multiples of 16.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _positions(swaps, ends, v, rows, T):
+    """i, j and the last step of variants; T, T and T - 1 in other rows. What a GPU is given nobody has checked: all are
+    brought into the sequence, and into this order, so that no address lies outside the tensors."""
+    i = tl.minimum(tl.maximum(tl.load(swaps + 2 * v, rows, T), 0), T - 1)
+    j = tl.minimum(tl.maximum(tl.load(swaps + 2 * v + 1, rows, T), i), T - 1)
+    stop = tl.minimum(tl.maximum(tl.load(ends + v, rows, T), j), T - 1)
+    return tl.where(rows, i, T).to(tl.int32), tl.where(rows, j, T).to(tl.int32), stop.to(tl.int32)
 
 
 @triton.jit
@@ -54,10 +65,8 @@ def _rows(p, N, V, swaps, ends, lengths, T, B, K, R: tl.constexpr):
     valid = (sequence < N) & (b < B)
     variant = valid & (k >= 0)
     v = (b * K + k).to(tl.int64)
-    i = tl.load(swaps + 2 * v, variant, T).to(tl.int32)
-    j = tl.load(swaps + 2 * v + 1, variant, T).to(tl.int32)
-    stop = tl.load(ends + v, variant, 0).to(tl.int32)
-    length = tl.load(lengths + b, valid, 0).to(tl.int32)
+    i, j, stop = _positions(swaps, ends, v, variant, T)
+    length = tl.minimum(tl.maximum(tl.load(lengths + b, valid, 1), 1), T).to(tl.int32)
     return b, v, i, j, tl.where(variant, stop, length - 1), valid & (k < 0), variant, variant & (i < j)
 
 
@@ -197,12 +206,13 @@ def forward_kernel(
     tracks, last, ended, penalty, gates, spans,
     T, B, K, H, S, N, V,
     STEP: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, SPANS: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Runs the originals and variants of N sequences.
 
     KEPT: blocks of gates that are kept, 0 for none. SPANS: whether the states of the spans are kept.
     """
+    H = H // ALIGN * ALIGN
     wide: tl.constexpr = spans.dtype.element_ty
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
@@ -219,7 +229,7 @@ def forward_kernel(
         for tau in range(_steps(p, T, i, stop, moving)):
             t = origin + tau
             running = live & (t >= begin) & (t <= stop)
-            own = running & (t >= i)
+            own = moving & (t >= i) & (t <= stop)
             at = t.to(tl.int64) * B + b
             in_span = v * S + (t - i) % S
             for block in range(blocks):
@@ -271,8 +281,9 @@ def forward_kernel(
                 # a pair that exchanges nothing is the original
                 tl.store(address, base, (variant & ~moving)[:, None] & inside)
                 if n == 0:
-                    difference = tl.load(address, moving[:, None] & inside, 0.0) - tl.where(moving[:, None], base, 0)
-                    total += tl.sum(difference * difference, 1)
+                    difference = tl.load(address, moving[:, None] & inside, 0.0) - base
+                    # chosen behind the product: one that is fused with a sum of lanes leaves each of them other bits
+                    total += tl.sum(tl.where(moving[:, None], difference * difference, 0), 1)
         tl.store(penalty + v, total, variant)
 
 
@@ -285,12 +296,13 @@ def backward_kernel(
     T, B, K, H, S, N, V,
     STEP: tl.constexpr, GRADIENT: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, D: tl.constexpr,
     RECOMPUTE: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-    R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the gates of N sequences and their variants, from the last step to the first.
 
     An original meets its variants in the order of their ends, and of their starts: both come sorted, latest first.
     """
+    H = H // ALIGN * ALIGN
     wide: tl.constexpr = spans.dtype.element_ty
     STATES: tl.constexpr = len(tracks)
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
@@ -369,8 +381,8 @@ def backward_kernel(
                 while tl.max((when == t).to(tl.int32), 0) > 0:
                     ends_here = when == t
                     other = variants_of + tl.load(end_order + variants_of + n_ended, ends_here, 0)
-                    other_i = tl.load(swaps + 2 * other, ends_here, 0).to(tl.int32)
-                    moved = ends_here & (other_i < tl.load(swaps + 2 * other + 1, ends_here, 0))
+                    other_i, other_j, other_stop = _positions(swaps, ends, other, ends_here, T)
+                    moved = ends_here & (other_i < other_j) & (other_i <= t)
                     if d_penalty is not None:
                         pull = _pull(d_penalty, other, t, other_i, moved, unit, tracks, spans, B, b, H, S)
                         dafter = _replace_first(dafter, dafter[0] - pull)
@@ -476,15 +488,15 @@ def gather_kernel(
     t = (row // B).to(tl.int32)
     b = (row % B).to(tl.int32)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    T = tl.num_programs(0) // B
     total = ()
     for g in tl.static_range(G):
         total = total + (tl.load(dx + (row * G + g) * H + unit, unit < H, 0.0).to(WIDE),)
     for k in range(K):
         v = b.to(tl.int64) * K + k
-        i = tl.load(swaps + 2 * v).to(tl.int32)
-        j = tl.load(swaps + 2 * v + 1).to(tl.int32)
-        if (i < j) & (i <= t) & (t <= tl.load(ends + v)):
-            at = tl.where(t == i, j, tl.where(t == j, i, t)) - i
+        i, j, stop = _positions(swaps, ends, v, k < K, T)
+        if (i < j) & (i <= t) & (t <= stop):
+            at = (tl.where(t == i, j, tl.where(t == j, i, t)) - i) % S
             owed = ()
             for g in tl.static_range(G):
                 kept_at = (v * S + at) * D + (g if g < G - 1 else D - 1)
@@ -499,11 +511,13 @@ def weight_kernel(
     start, tracks, spans, du, d_spans, swaps, ends, dw, db,
     T, B, K, H, S,
     G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A block (BM, BN) of dW_hh, and of db_hh, from every n-th block of BR rows; n parts, to be added up by the caller.
 
     A row is the gradient of its gates times the h that came in. The first step of a variant stands in its original's.
     """
+    H = H // ALIGN * ALIGN
     wide: tl.constexpr = spans.dtype.element_ty
     part = tl.program_id(2)
     parts = tl.num_programs(2)

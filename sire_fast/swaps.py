@@ -17,6 +17,7 @@ have an attribute `reach`, the largest j - i that it draws: a GPU then keeps no 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from sire_fast.reference import has_values
 
 Sampler = Callable[..., Tensor]
 
@@ -198,7 +201,7 @@ class Blocks(_Drawn):
 
     def _edges(self, lengths: Tensor) -> Tensor:
         """First positions of the blocks and the length, (B, blocks + 1)."""
-        inner = torch.tensor(self.boundaries, device=lengths.device)
+        inner = _constant(self.boundaries, lengths)
         if inner.is_floating_point():
             inner = (inner.double() * lengths[:, None]).long()
         inner = inner.long().expand(len(lengths), -1).minimum(lengths[:, None])
@@ -241,11 +244,11 @@ class Pairs(_Drawn):
         object.__setattr__(self, "pairs", tuple(ordered))
 
     def _count(self, lengths: Tensor) -> Tensor:
-        last = torch.tensor([j for _, j in self.pairs], device=lengths.device)
+        last = _constant(tuple(j for _, j in self.pairs), lengths)
         return torch.searchsorted(last, lengths)
 
     def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        i, j = torch.tensor(self.pairs, device=lengths.device)[index].unbind(-1)
+        i, j = _constant(self.pairs, lengths)[index].unbind(-1)
         return i, j
 
 
@@ -298,6 +301,20 @@ def _as_lengths(lengths: int | Tensor, batch: int, device: torch.device | str | 
             raise ValueError(f"lengths: expected shape ({batch},), got {tuple(lengths.shape)}")
         return lengths.to(device=device, dtype=torch.int64)
     return torch.full((batch,), lengths, dtype=torch.int64, device=device)
+
+
+def _constant(values: tuple, like: Tensor) -> Tensor:
+    """Values as a tensor on the device of another. It is kept: to bring one to a GPU at every draw would make the host
+    wait, and no CUDA graph can hold it. A trace takes it as a constant of its own."""
+    if has_values(like):
+        return _kept_constant(values, like.device)
+    return torch.tensor(values, device=like.device)
+
+
+@functools.lru_cache(64)
+def _kept_constant(values: tuple, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device)
 
 
 def _triangle(n: Any) -> Any:

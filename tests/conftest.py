@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +90,21 @@ def host_build(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     with FileLock(folder / "cuda.lock"):
         path = next(folder.glob("_cuda*"), None) or cuda_on_host.build(folder)
     return cuda_on_host.load(path)
+
+
+@pytest.fixture
+def allow_tf32() -> Iterator[dict[str, Callable[[bool], None]]]:
+    """The ways to tell torch whether products of float32 may be TF32 on a GPU; undone behind the test."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield {
+        "set_float32_matmul_precision": lambda may: torch.set_float32_matmul_precision("high" if may else "highest"),
+        "fp32_precision": lambda may: setattr(matmul, "fp32_precision", "tf32" if may else "ieee"),
+        "fp32_precision, none": lambda may: setattr(matmul, "fp32_precision", "tf32" if may else "none"),
+    }
+    torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = before
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.fixture(autouse=True)

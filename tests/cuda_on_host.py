@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+import torch
 
 from sire_fast.backends import cuda
 from sire_fast.backends.cuda import Chip
@@ -33,7 +34,7 @@ def build(folder: Path, extra: Sequence[str] = ("-O1", "-Werror")) -> Path:
 def use(module: ModuleType, processors: int, set_: Callable[[object, str, object], None] = setattr) -> None:
     """Make the backend run its kernels in a module of `load`, as on a Hopper GPU with so many multiprocessors."""
     set_(cuda, "_cuda", module)
-    set_(cuda, "_chip", lambda _: Chip((9, 0), processors, 227 << 10))
+    set_(cuda, "_chip", lambda _: Chip((9, 0), processors, 227 << 10, torch.device("cpu")))
 
 
 def load(path: Path) -> ModuleType:

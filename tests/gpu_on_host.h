@@ -123,7 +123,8 @@ struct Machine {
   Fiber* current;
   std::exception_ptr error;
   int threads;
-  int64_t progress;  // barriers that have opened, counts that were published and fibers that have ended
+  int clusters = 1 << 20;  // that a test lets run at once
+  int64_t progress;        // barriers that have opened, counts that were published and fibers that have ended
 };
 inline Machine machine;
 #ifdef __SANITIZE_ADDRESS__
@@ -355,5 +356,12 @@ void launch(void (*kernel)(Call), const Grid& grid, uintptr_t, const Call& call)
   for (int64_t block = 0; block < grid.blocks; block += together)
     run_cluster(int(block), together, size_t(grid.shared));
 }
+
+template <class Call>
+int clusters_at_once(void (*)(Call), const Grid&) {
+  return machine.clusters;
+}
+inline int driver_version() { return 13000; }
+inline int runtime_version() { return 13000; }
 
 }  // namespace sire_fast::gpu

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sire_fast import functional, reference, swaps
+from sire_fast.backends import gpu
 from sire_fast.cells import CELLS
 
 TENSORS = ("x_proj", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")
@@ -110,6 +112,35 @@ def run(cell: str, arguments: dict[str, Any], backend: str) -> dict[str, Tensor]
         gradients = torch.autograd.grad(loss, [arguments[name] for name in wanted])
         named |= {f"d_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
     return {k: v.detach() for k, v in named.items()}
+
+
+def with_wrong_positions(cell: str, monkeypatch: Any) -> Iterator[dict[str, Any]]:
+    """Arguments with positions and lengths that lie outside the sequences, as a GPU gets them: unchecked."""
+    monkeypatch.setattr(reference, "check_positions", lambda *_: None)
+    monkeypatch.setattr(gpu, "check", lambda *_: None)
+    last, huge = 5, 1 << 40
+    for swap, end, length in (
+        ((2, 60), 70, 6), ((-3, 2), 4, 0), ((-huge, huge), huge, huge), ((4, 1), 0, -huge), ((60, 61), 2, 60),
+        ((0, last), -1, 3), ((1, 2), last, 2),
+    ):  # fmt: skip
+        for longest in (None, 2):
+            arguments = make(Case(cell, last + 1, 3, 5, 2))
+            arguments["swaps"][1:] = torch.tensor(swap)
+            arguments["ends"] = torch.full((3, 2), last)
+            arguments["ends"][1:] = end
+            arguments["lengths"] = torch.tensor([last + 1, length, length])
+            yield arguments | {"longest": longest}
+
+
+def assert_padding_does_not_matter(cell: str, value: float, dtype: torch.dtype, backend: str) -> None:
+    """No gradient takes a value in that stands behind the end of a sequence."""
+    arguments = cast(make(Case(cell, 6, 3, 5, 2, inputs=4, ragged=True)), dtype)
+    assert int(arguments["lengths"].min()) < 6
+    clean = run(cell, arguments, backend)
+    behind = torch.arange(6)[:, None] >= arguments["lengths"]
+    padded = arguments["x_proj"].detach().masked_fill(behind[..., None], value).requires_grad_()
+    for name, found in run(cell, arguments | {"x_proj": padded}, backend).items():
+        assert torch.equal(found, clean[name]), name
 
 
 def error(value: Tensor, truth: Tensor) -> float:

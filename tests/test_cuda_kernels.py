@@ -7,13 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cuda_on_host
 import pytest
 import torch
-from oracle import Case, assert_as_good_as_reference, cast, make, run
+from oracle import Case, assert_as_good_as_reference, assert_padding_does_not_matter, cast, make, run
 
 from bench import aot
 from sire_fast import GRU, backends
@@ -94,15 +96,15 @@ def test_recomputed_gates_give_the_same_bits() -> None:
         assert torch.equal(value, kept[name]), name
 
 
-def test_products_of_float32_are_tf32_where_torch_allows_it() -> None:
+@pytest.mark.parametrize("way", ["set_float32_matmul_precision", "fp32_precision", "fp32_precision, none"])
+def test_products_of_float32_are_tf32_where_torch_allows_it(way: str, allow_tf32: Any) -> None:
     arguments = cast(make(Case("gru", 5, 3, 33, 2)), FLOAT)
     exact = run("gru", arguments, "cuda")["output"]
-    torch.set_float32_matmul_precision("high")
-    try:
-        coarse = run("gru", arguments, "cuda")["output"]
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    allow_tf32[way](True)
+    coarse = run("gru", arguments, "cuda")["output"]
+    allow_tf32[way](False)
     assert 1e-5 < (coarse - exact).abs().max() < 1e-2
+    assert torch.equal(run("gru", arguments, "cuda")["output"], exact)
 
 
 def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,12 +165,80 @@ def test_what_a_gpu_lacks(capability: tuple[int, int], host: ModuleType, monkeyp
         assert small == ["cuda: needs compute capability 8.0 or above, cuda:0 has 7.5"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_stands_behind_a_sequence_stays_out_of_the_gradients(value: float) -> None:
+    assert_padding_does_not_matter("gru", value, FLOAT, "cuda")
+
+
+@pytest.fixture
+def clusters_run(host: ModuleType) -> Iterator[Callable[[int], None]]:
+    """Lets so many clusters run at once."""
+
+    def run(clusters: int) -> None:
+        host.run_at_once(clusters)
+        cuda.group.cache_clear()
+        cuda.at_once.cache_clear()
+
+    yield run
+    run(1 << 20)
+
+
+@pytest.mark.parametrize(("clusters", "groups"), [(1, 1), (3, 3), (20, 9)])
+def test_no_more_clusters_than_run_at_once(
+    clusters: int, groups: int, clusters_run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A multiprocessor without neighbours is in no cluster: 132 of them may make 15 of 8, not 16."""
+    clusters_run(clusters)
+    started = []
+    run_kernel = cuda._run
+
+    def recorded(kernel: str, cell: str, x: Any, numbers: Any, tensors: Any) -> None:
+        started.extend([numbers[7:9]] if kernel != "gather" else [])
+        run_kernel(kernel, cell, x, numbers, tensors)
+
+    monkeypatch.setattr(cuda, "_run", recorded)
+    assert_as_good_as_reference("lstm", make(Case("lstm", 3, 9, 128, 1)), FLOAT, "cuda")
+    assert [*map(tuple, started)] == [(groups, 2)] * 2
+
+
+def test_where_no_cluster_has_room(clusters_run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks meet in global memory; where there are too few of them for that the call is refused with a reason."""
+    chip = cuda._chip(torch.device("cpu"))
+    assert cuda.group("gru", "bfloat16", 500, chip) == Group(16, False)
+    clusters_run(0)
+    assert cuda.group("gru", "bfloat16", 500, chip) == Group(16, True)
+    assert_as_good_as_reference("gru", make(Case("gru", 2, 2, 500, 1)), HALF, "cuda")
+    assert all(group.mailbox or group.blocks == 1 for group in cuda.groups(torch.device("cpu")))
+    monkeypatch.setattr(cuda, "_chip", lambda _: chip._replace(processors=15))
+    call = {"cell": "gru", "dtype": HALF, "device": "cpu", "hidden_size": 500}
+    (reason,) = backends.why_not("cuda", **call)
+    assert reason == (
+        "cuda: gru of H=500 in bfloat16 fits no group of blocks of cpu, which has 15 multiprocessors with 227 KiB"
+    )
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "served"),
+    [(0, 90, False), (12090, 90, False), (13000, 90, True), (13000, 120, False), (13010, 120, True)],
+)
+def test_a_driver_that_is_too_old(
+    driver: int, capability: int, served: bool, host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machine code wants a driver of the same major version, PTX one as new as what has written it."""
+    monkeypatch.setattr(host, "versions", lambda: (driver, 13010))
+    monkeypatch.setattr(cuda, "_chip", lambda _: Chip(divmod(capability, 10), 108, 227 << 10))
+    reasons = backends.why_not("cuda", cell="gru", dtype=HALF, device="cpu", hidden_size=64)
+    told = f"which needs a newer driver: this one knows {driver // 1000}.{driver % 1000 // 10}"
+    assert [told in reason for reason in reasons] == ([] if served else [True])
+
+
 def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
-    """Every cell, alone and in a cluster, under AddressSanitizer: of all tensors and of shared memory."""
+    """Every cell, alone and in a cluster, and positions outside their sequences, under AddressSanitizer: of all tensors
+    and of shared memory."""
     cuda_on_host.build(tmp_path, ("-O1", "-fsanitize=address"))
     code = (
-        "import os, pathlib, torch, cuda_on_host\n"
-        "from oracle import Case, assert_as_good_as_reference, make\n"
+        "import os, pathlib, pytest, torch, cuda_on_host\n"
+        "from oracle import Case, assert_as_good_as_reference, cast, make, run, with_wrong_positions\n"
         "from sire_fast.backends import cuda\n"
         "cuda_on_host.use(cuda_on_host.load(next(pathlib.Path(os.environ['BUILT']).glob('_cuda*'))), 2)\n"
         "for cell in ('rnn_tanh', 'gru', 'lstm'):\n"
@@ -176,6 +246,10 @@ def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
         "        cuda.group = lambda *_, group=group: group\n"
         "        case = Case(cell, 4, 3, 33, 3, ragged=True, recompute=True)\n"
         "        assert_as_good_as_reference(cell, make(case), torch.float32, 'cuda')\n"
+        "for arguments in with_wrong_positions('gru', pytest.MonkeyPatch()):\n"
+        "    for group in (cuda.Group(1, False), cuda.Group(2, True)):\n"
+        "        cuda.group = lambda *_, group=group: group\n"
+        "        run('gru', cast(arguments, torch.float32), 'cuda')\n"
     )
     library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
     environment = os.environ | {

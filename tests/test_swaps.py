@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import combinations
 
 import pytest
@@ -155,3 +156,20 @@ def test_parse_refuses_in_one_line(text: str) -> None:
 def test_refuses(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+@pytest.mark.parametrize("sampler", [Blocks(3, [2, 5]), Blocks(3, [0.5]), Pairs(3, [(0, 4), (1, 2)])], ids=repr)
+def test_a_second_draw_brings_nothing_to_the_device(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host would wait for it, and a CUDA graph cannot hold it."""
+    with torch.inference_mode():
+        first = sampler(9, 4, torch.Generator().manual_seed(0))
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a tensor is made of numbers")
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, refused)
+    equal = pickle.loads(pickle.dumps(sampler))
+    assert equal == sampler
+    assert hash(equal) == hash(sampler)
+    assert torch.equal(equal(9, 4, torch.Generator().manual_seed(0)), first)

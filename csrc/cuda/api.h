@@ -15,7 +15,7 @@ constexpr int kRows = 16;
 
 struct Pass {
   int T, B, K, H;
-  int S;       // rows of `spans` for a variant
+  int S;       // rows of `spans` for a variant; T where none are kept
   int N, V;    // sequences of a tile, and variants of each that run in lock step with it
   int groups;  // that run at once
   int blocks;  // of a group, between which the units are split
@@ -30,7 +30,7 @@ struct Pass {
   const float* start[2];   // h0, c0: (B, H); null where STATES = 1, like all pairs here
   const int64_t* swaps;    // (B, K, 2)
   const int64_t* ends;     // (B, K)
-  const int64_t* lengths;  // (B)
+  const int64_t* lengths;  // (B); of these three nobody has checked the values
 };
 
 struct Forward : Pass {
@@ -85,6 +85,16 @@ int blocks(int H, Dtype);
 // Bytes of a block's shared memory, and of a group's mailbox, in the backward, which needs more.
 int64_t shared_bytes(int cell, Dtype, int H, int blocks, bool mailbox);
 int64_t mailbox_bytes(int cell, Dtype, int H, int blocks);
+
+// How many clusters of so many blocks the current device runs at once, in either direction; 0 where it has no
+// room for one.
+int clusters(int cell, Dtype, int H, int blocks);
+
+// Of CUDA: that of the driver, 0 without one, and that with which this was built; 13000 is 13.0.
+struct Versions {
+  int driver, runtime;
+};
+Versions versions();
 
 int saved_gates(int cell);  // KEPT
 int gradients(int cell);    // D

@@ -121,9 +121,9 @@ struct BackwardTile : Tile<Cell, E, true> {
                             const float (&h)[2]) const {
     for (int n = first; n < first + count; ++n) {
       const int64_t v = r.b * p.K + g.end_order[r.b * p.K + n];
-      const int64_t i = g.swaps[2 * v];
-      if (i < g.swaps[2 * v + 1]) {
-        if (g.d_penalty) add_pull(d[0], -1, v, v * p.S + t - i, h);
+      const Positions at(p, v);
+      if (at.i < at.j) {
+        if (g.d_penalty && at.i <= t && t <= at.stop) add_pull(d[0], -1, v, v * p.S + t - at.i, h);
       } else {
         SIRE_EACH (k, STATES)
           if (g.d_variants[k]) add_row(d[k], g.d_variants[k] + v * p.H);

@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "gpu.h"
+#include "layout.h"
 
 namespace sire_fast::cuda {
 
@@ -22,13 +23,14 @@ gather_kernel(const Gather call) {
     E* dx = static_cast<E*>(call.dx) + row * G * call.H + unit;
     SIRE_EACH (g, G) total[g] = float(dx[g * call.H]);
     for (int64_t v = int64_t(b) * call.K; v < int64_t(b + 1) * call.K; ++v) {
-      const int i = int(call.swaps[2 * v]), j = int(call.swaps[2 * v + 1]);
-      if (i == j || t < i || t > call.ends[v]) continue;
+      const Positions at(call, v);
+      const int i = at.i, j = at.j;
+      if (i == j || t < i || t > at.stop) continue;
       const int step = (t == i ? j : t == j ? i : t) - i;  // of the span, that has read this input
       const auto owed = [&](int g) {
-        const int at = (g < G - 1 ? g : D - 1) * call.H + unit;
-        if (!step) return call.d_first[v * WIDTH * call.H + at];
-        return float(static_cast<const E*>(call.d_spans)[(v * call.S + step) * D * call.H + at]);
+        const int column = (g < G - 1 ? g : D - 1) * call.H + unit;
+        if (!step) return call.d_first[v * WIDTH * call.H + column];
+        return float(static_cast<const E*>(call.d_spans)[(v * call.S + step) * D * call.H + column]);
       };
       SIRE_EACH (g, G) total[g] += owed(g);
     }

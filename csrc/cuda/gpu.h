@@ -154,32 +154,58 @@ struct Grid {
   bool cooperative;  // all blocks run at once
 };
 
+// What a kernel is started with.
+struct Configuration {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  Configuration(const void* kernel, const Grid& grid, uintptr_t stream) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
+    if (grid.cluster > 8)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    config.gridDim = dim3(unsigned(grid.blocks));
+    config.blockDim = dim3(unsigned(grid.threads));
+    config.dynamicSmemBytes = size_t(grid.shared);
+    config.stream = reinterpret_cast<cudaStream_t>(stream);
+    config.attrs = attributes;
+    if (grid.cluster > 1) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+    }
+    if (grid.cooperative) {
+      cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    }
+  }
+  Configuration(const Configuration&) = delete;
+};
+
 // Starts a kernel on a stream.
 template <class Call>
 void launch(void (*kernel)(Call), const Grid& grid, uintptr_t stream, const Call& call) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
-  if (grid.cluster > 8)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(grid.blocks));
-  config.blockDim = dim3(unsigned(grid.threads));
-  config.dynamicSmemBytes = size_t(grid.shared);
-  config.stream = reinterpret_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  if (grid.cluster > 1) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
-  }
-  if (grid.cooperative) {
-    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-  }
-  check(cudaLaunchKernelEx(&config, kernel, call));
+  const Configuration with(reinterpret_cast<const void*>(kernel), grid, stream);
+  check(cudaLaunchKernelEx(&with.config, kernel, call));
 }
+
+// How many clusters of a kernel the current device runs at once: fewer than its processors would make, where
+// some of these have no neighbours left; 0 where it has no clusters of that size.
+template <class Call>
+int clusters_at_once(void (*kernel)(Call), const Grid& grid) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  const Configuration with(function, grid, 0);
+  int count = 0;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(&count, function, &with.config);
+  if (error != cudaErrorInvalidClusterSize) check(error);
+  return error == cudaSuccess ? count : 0;
+}
+
+// The versions of CUDA that the driver knows, 0 without one, and that this was built with: 13000 is 13.0.
+inline int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+inline int runtime_version() { return CUDART_VERSION; }
 
 }  // namespace sire_fast::gpu
 

@@ -35,13 +35,17 @@ void dispatch(int cell, Dtype dtype, F run) {
   return with_cell(Lstm());
 }
 
+template <class Cell, class E, bool kBackward>
+Grid grid_of(int H, int groups, int blocks, bool mailbox) {
+  const Split split(H, blocks, kFactors<E>);
+  Grid grid{int64_t(groups) * blocks, 32 * split.warps(), 0, mailbox ? 1 : blocks, mailbox};
+  grid.shared = Shared<Cell, E, kBackward>(nullptr, split, blocks, mailbox).bytes;
+  return grid;
+}
+
 template <class Cell, class E, bool kBackward, class Call>
 void launch_tiles(void (*kernel)(Call), const Call& call, uintptr_t stream) {
-  const Split split(call.H, call.blocks, kFactors<E>);
-  const bool mailbox = call.mailbox;
-  Grid grid{int64_t(call.groups) * call.blocks, 32 * split.warps(), 0, mailbox ? 1 : call.blocks, mailbox};
-  grid.shared = Shared<Cell, E, kBackward>(nullptr, split, call.blocks, mailbox).bytes;
-  launch(kernel, grid, stream, call);
+  launch(kernel, grid_of<Cell, E, kBackward>(call.H, call.groups, call.blocks, call.mailbox), stream, call);
 }
 
 }  // namespace
@@ -68,6 +72,22 @@ int64_t mailbox_bytes(int cell, Dtype dtype, int H, int blocks) {
   });
   return bytes;
 }
+
+int clusters(int cell, Dtype dtype, int H, int blocks) {
+  int at_once = 0;
+  dispatch(cell, dtype, [&](auto c, auto e) {
+    using Cell = decltype(c);
+    using E = decltype(e);
+    const int forward =
+        clusters_at_once(forward_kernel<Cell, E>, grid_of<Cell, E, false>(H, 1, blocks, false));
+    const int backward =
+        clusters_at_once(backward_kernel<Cell, E>, grid_of<Cell, E, true>(H, 1, blocks, false));
+    at_once = forward < backward ? forward : backward;
+  });
+  return at_once;
+}
+
+Versions versions() { return {driver_version(), runtime_version()}; }
 
 int saved_gates(int cell) {
   int saved = 0;

@@ -39,6 +39,27 @@ struct Split {
   SIRE_HOST_DEVICE int units() const { return kUnits * tiles; }
 };
 
+// Positions of a variant, and its last step. Nobody has checked what a GPU is given: all are brought into the
+// sequence, in this order, and into the S rows that are kept, so that no address lies outside the tensors.
+struct Positions {
+  int i, j, stop;
+  template <class Call>
+  SIRE_DEVICE Positions(const Call& call, int64_t v)
+      : i(within(call.swaps[2 * v], 0, call.T - 1)),
+        j(within(call.swaps[2 * v + 1], i, last(call))),
+        stop(within(call.ends[v], j, last(call))) {}
+
+  SIRE_DEVICE static int within(int64_t x, int least, int most) {
+    return x < least ? least : x > most ? most : int(x);
+  }
+
+ private:
+  template <class Call>
+  SIRE_DEVICE int last(const Call& call) const {
+    return call.T - i < call.S ? call.T - 1 : i + call.S - 1;
+  }
+};
+
 struct Row {
   int64_t b, v;                    // sequence, variant
   int i, j;                        // positions that a variant exchanges; T for an original

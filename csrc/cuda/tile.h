@@ -43,12 +43,13 @@ struct Tile : Product<Cell, E, kBackward> {
       const bool valid = sequence < p.N && r.b < p.B;
       r.original = valid && k < 0;
       r.variant = valid && k >= 0;
-      if (r.original) r.stop = int(p.lengths[r.b]) - 1;
+      if (r.original) r.stop = Positions::within(p.lengths[r.b], 1, p.T) - 1;
       if (r.variant) {
         r.v = r.b * p.K + k;
-        r.i = int(p.swaps[2 * r.v]);
-        r.j = int(p.swaps[2 * r.v + 1]);
-        r.stop = int(p.ends[r.v]);
+        const Positions at(p, r.v);
+        r.i = at.i;
+        r.j = at.j;
+        r.stop = at.stop;
         r.moving = r.i < r.j;
         if (pass) r.origin = r.i;
       }

@@ -24,6 +24,7 @@ except ImportError as error:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_CAPABILITY = (8, 0)
 _CLUSTERS = (9, 0)  # the capability from which on there are clusters, of 8 blocks at most
+_MACHINE_CODE = (8, 9, 10)  # the major capabilities whose machine code setup.py embeds
 _LARGE_CLUSTERS = (9, 10)  # the major capabilities that have some of 16
 
 
@@ -32,11 +33,13 @@ class Chip(NamedTuple):
     capability: major and minor.
     processors: of which each runs one block.
     shared: bytes of shared memory that a block may have.
+    device: None for a chip that is not there, and cannot be asked.
     """
 
     capability: tuple[int, int]
     processors: int
     shared: int
+    device: torch.device | None = None
 
     @property
     def largest_cluster(self) -> int:
@@ -77,10 +80,23 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
         if chip.capability < _LEAST_CAPABILITY:
             told = ".".join(map(str, chip.capability))
             reasons.append(f"cuda: needs compute capability 8.0 or above, {device} has {told}")
+        elif too_old := _driver_too_old(chip):
+            reasons.append(too_old)
         elif not group(cell, _name(dtype), hidden_size, chip):
             has = f"{chip.processors} multiprocessors with {chip.shared >> 10} KiB"
             reasons.append(f"cuda: {cell} of {size} fits no group of blocks of {device}, which has {has}")
     return reasons
+
+
+def _driver_too_old(chip: Chip) -> str:
+    """The reason why the driver cannot run what the extension holds; "" if it can. Machine code needs one of the same
+    major version of CUDA, PTX, which is what chips behind the last of _MACHINE_CODE get, one as new."""
+    driver, runtime = _cuda.versions()
+    least = runtime if chip.capability[0] not in _MACHINE_CODE else runtime // 1000 * 1000
+    if driver >= least:
+        return ""
+    told, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, least))
+    return f"cuda: sire_fast._cuda was built for CUDA {needed}, which needs a newer driver: this one knows {told}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -89,20 +105,36 @@ def _name(dtype: torch.dtype) -> str:
 
 def _chip(device: torch.device) -> Chip:
     found = torch.cuda.get_device_properties(device)
-    return Chip((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin)
+    shared = found.shared_memory_per_block_optin
+    return Chip((found.major, found.minor), found.multi_processor_count, shared, torch.device("cuda", _index(device)))
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 @functools.lru_cache(1024)
 def group(cell: str, dtype: str, hidden: int, chip: Chip) -> Group | None:
     """The smallest cluster whose blocks hold W_hh in their registers and all else in their shared memory; or, where no
-    cluster does, the smallest group with a mailbox; None if that does not fit either."""
+    cluster does, or none of that size has room, the smallest group with a mailbox; None if that does not fit either."""
     fewest = _cuda.blocks(hidden, dtype)
     clusters = [Group(blocks, False) for blocks in (1, 2, 4, 8, 16) if fewest <= blocks <= chip.largest_cluster]
     others = [Group(blocks, True) for blocks in (fewest, 2 * fewest) if blocks > 1]
     for found in clusters + others:
-        if found.blocks <= chip.processors and _cuda.shared_bytes(cell, dtype, hidden, *found) <= chip.shared:
+        fits = _cuda.shared_bytes(cell, dtype, hidden, *found) <= chip.shared
+        if fits and at_once(cell, dtype, hidden, found, chip):
             return found
     return None
+
+
+@functools.lru_cache(1024)
+def at_once(cell: str, dtype: str, hidden: int, of: Group, chip: Chip) -> int:
+    """How many groups run at once. A cluster wants neighbours, which some processors lack: a device tells itself."""
+    most = chip.processors // of.blocks
+    if not most or of.mailbox or of.blocks == 1 or chip.device is None:
+        return most
+    with torch.cuda.device(_index(chip.device) if chip.device.type == "cuda" else -1):
+        return min(most, _cuda.clusters(cell, dtype, hidden, of.blocks))
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
@@ -199,7 +231,7 @@ def backward(
         _run("gather", cell, x, (T, B, K, H, S), (swaps, ends, d_spans, d_first, dx_proj))
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         gpu.fill(gradient, lambda found=found: found)
-    gpu.fill_projected(dx_proj, x, w_ih, dx, dw_ih, db_ih)
+    gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 
 
 def groups(device: torch.device) -> list[Group]:
@@ -208,6 +240,7 @@ def groups(device: torch.device) -> list[Group]:
         return []
     chip = _chip(device)
     clusters = [Group(blocks, False) for blocks in (1, 2, 4, 8, 16) if blocks <= chip.largest_cluster]
+    clusters = [found for found in clusters if at_once("gru", "float32", 16 * found.blocks, found, chip)]
     return clusters + [Group(blocks, True) for blocks in (2, 16, chip.processors) if blocks <= chip.processors]
 
 
@@ -230,15 +263,16 @@ def _launch(kernel: str, call: Call, longest: int, x: Tensor, tensors: Sequence[
     """Run the tiles of a pass, whose spans have up to so many steps."""
     chip = _chip(x.device)
     size = call.cell, _name(x.dtype), call.H
-    blocks, with_mailbox = group(*size, chip)
-    plan = gpu.plan(call.T, call.B, call.K, longest, _cuda.rows, chip.processors // blocks)
-    count = min(chip.processors // blocks, -(-call.B // plan.sequences))
+    found = group(*size, chip)
+    blocks, with_mailbox = found
+    most = at_once(*size, found, chip)
+    plan = gpu.plan(call.T, call.B, call.K, longest, _cuda.rows, most)
+    count = min(most, -(-call.B // plan.sequences))
     mailbox = arrived = None
     if with_mailbox:
         mailbox = torch.empty(count * _cuda.mailbox_bytes(*size, blocks), dtype=torch.uint8, device=x.device)
         arrived = _arrived(count * blocks, x)
-    tf32 = torch.get_float32_matmul_precision() != "highest"
-    numbers = call.T, call.B, call.K, call.H, call.S, *plan, count, blocks, int(tf32)
+    numbers = call.T, call.B, call.K, call.H, longest, *plan, count, blocks, int(gpu.allows_tf32())
     _run(kernel, call.cell, x, numbers, (mailbox, arrived, *tensors))
 
 

@@ -28,10 +28,17 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
     return FASTEST.get((cell, padded, str(dtype).removeprefix("torch."), 10 * major + minor))
 
 
+<<<<<<< HEAD
 def why_not_here(backend: str) -> list[str]:
     """The reason why no kernel for NVIDIA's GPUs runs under a torch for AMD's, which calls those cuda too."""
     hip = torch.version.hip
     return [f"{backend}: runs on NVIDIA's GPUs, got torch built for AMD's, with HIP {hip}"] if hip else []
+=======
+def allows_tf32() -> bool:
+    """Whether products of float32 may be TF32 on a GPU, told to torch in either way: torch.set_float32_matmul_precision
+    sets this attribute too, while torch.get_float32_matmul_precision raises where the attribute was set."""
+    return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
+>>>>>>> gpuready
 
 
 class Plan(NamedTuple):
@@ -136,15 +143,28 @@ def projected(x: Tensor, w_ih: Tensor | None, b_ih: Tensor | None) -> Tensor:
 
 
 def fill_projected(
-    dx_proj: Tensor, x: Tensor, w_ih: Tensor | None, dx: Tensor | None, dw_ih: Tensor | None, db_ih: Tensor | None
+    dx_proj: Tensor,
+    x: Tensor,
+    lengths: Tensor,
+    w_ih: Tensor | None,
+    dx: Tensor | None,
+    dw_ih: Tensor | None,
+    db_ih: Tensor | None,
 ) -> None:
     """Fill the gradients of what was projected, from that of the projection, (T*B, G*H)."""
     if w_ih is None:
         fill(dx, lambda: dx_proj.view_as(x))
     else:
         fill(dx, lambda: (dx_proj @ w_ih).view_as(x))
-        fill(dw_ih, lambda: dx_proj.t() @ x.flatten(0, 1))
+        fill(dw_ih, lambda: dx_proj.t() @ _inside(x, lengths).flatten(0, 1))
         fill(db_ih, lambda: dx_proj.sum(0))
+
+
+def _inside(x: Tensor, lengths: Tensor) -> Tensor:
+    """x, and 0 beyond the length of a sequence: what stands there may be NaN, which a gradient of 0 does not cancel.
+    Whether anything does, the host cannot know without waiting for the device."""
+    steps = torch.arange(len(x), device=x.device)[:, None]
+    return torch.where((steps < lengths)[..., None], x, 0)
 
 
 def fill(gradient: Tensor | None, found: Callable[[], Tensor]) -> None:
