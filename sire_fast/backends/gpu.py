@@ -28,17 +28,16 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
     return FASTEST.get((cell, padded, str(dtype).removeprefix("torch."), 10 * major + minor))
 
 
-<<<<<<< HEAD
 def why_not_here(backend: str) -> list[str]:
     """The reason why no kernel for NVIDIA's GPUs runs under a torch for AMD's, which calls those cuda too."""
     hip = torch.version.hip
     return [f"{backend}: runs on NVIDIA's GPUs, got torch built for AMD's, with HIP {hip}"] if hip else []
-=======
+
+
 def allows_tf32() -> bool:
     """Whether products of float32 may be TF32 on a GPU, told to torch in either way: torch.set_float32_matmul_precision
     sets this attribute too, while torch.get_float32_matmul_precision raises where the attribute was set."""
     return torch.backends.cuda.matmul.fp32_precision not in ("none", "ieee")
->>>>>>> gpuready
 
 
 class Plan(NamedTuple):
