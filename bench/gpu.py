@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -246,7 +247,9 @@ class Runner:
             if what == "step":
                 step()
             else:
-                step.forward(step.module, step.x, step.sampler, step.compare)
+                with warnings.catch_warnings():  # that nobody differentiates it
+                    warnings.filterwarnings("ignore", "sire_fast: a forward in training mode was dropped")
+                    step.forward(step.module, step.x, step.sampler, step.compare)
 
     def peak_bytes(self) -> list[int]:
         """By how much the device's memory grows in a step, at its peak; empty on a CPU and of a compiled step."""

@@ -339,9 +339,8 @@ def _run_backward(
 def _check_backward(cell: str, backend: str, arithmetic: str, recompute: bool, grads: Any, *kept: Any) -> None:
     *inputs, h, cells, gates, spans = kept
     _check(cell, backend, arithmetic, *inputs)
-    *outputs, of_gates, of_spans = _shapes(
-        cell, backend, recompute, *inputs[:1], inputs[5], inputs[7], len(spans), True
-    )
+    x, h0, swaps = inputs[0], inputs[5], inputs[7]
+    *outputs, of_gates, of_spans = _shapes(cell, backend, recompute, x, h0, swaps, spans.shape[0], True)
     expected = [*outputs, outputs[0], outputs[5], of_gates, of_spans]
     for tensor, shape in zip([*grads, h, cells, gates, spans], expected, strict=True):
         if tensor is not None and tensor.shape != shape:
