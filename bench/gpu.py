@@ -247,9 +247,7 @@ class Runner:
             if what == "step":
                 step()
             else:
-                with warnings.catch_warnings():  # that nobody differentiates it
-                    warnings.filterwarnings("ignore", "sire_fast: a forward in training mode was dropped")
-                    step.forward(step.module, step.x, step.sampler, step.compare)
+                step.forward(step.module, step.x, step.sampler, step.compare)
 
     def peak_bytes(self) -> list[int]:
         """By how much the device's memory grows in a step, at its peak; empty on a CPU and of a compiled step."""
@@ -274,7 +272,9 @@ def measure(item: Item, names: Sequence[str], seconds: float = ITEM, rounds: int
     device, orders = item.setting.device, random.Random(0)
     runners: dict[str, tuple[Runner, dict[str, float], dict[str, int]]] = {}
     measured: Measured = {}
-    with arithmetic_of(item.arithmetic):
+    with arithmetic_of(item.arithmetic), warnings.catch_warnings():
+        # nobody differentiates forwards that are timed alone
+        warnings.filterwarnings("ignore", "sire_fast: a forward in training mode was dropped")
         for name in names:
             try:
                 runner = Runner(item.setting, name)

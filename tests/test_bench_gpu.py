@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -127,12 +128,13 @@ def test_who_is_fastest(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["cuda"])
-def test_barriers_are_timed(backend, monkeypatch):
+def test_barriers_are_timed(backend, monkeypatch, host_build):
+    cuda_on_host.use(host_build, 16, monkeypatch.setattr)
     monkeypatch.setattr(gpu, "BARRIERS", 2)
     found = gpu.rates("cpu", 16)
     assert {name for name in found if name.startswith("barrier")} == {
         "barrier", "barrier of 2", "barrier of 4", "barrier of 8", "barrier of 16",
-        "barrier of 2 in memory", "barrier of 4 in memory"
+        "barrier of 2 in memory", "barrier of 16 in memory"
     }  # fmt: skip
     assert all(value > 0 for value in found.values())
 
