@@ -3,9 +3,10 @@
 // AddressSanitizer too.
 //
 // Clusters run one after the other, the blocks of one, or of a cooperative grid, together, in an order that
-// changes: whole blocks, or warps of them, as far as they come before the next. Memory is handed out full of
-// NaN and exactly as large as asked for. What is copied asynchronously arrives when it is waited for, no
-// sooner. A barrier that some threads do not reach is an error.
+// changes: whole blocks, or warps of them, as far as they come before the next, and so do the lanes of a
+// warp. Memory is handed out full of NaN and exactly as large as asked for. What is copied asynchronously
+// arrives at once, or when it is waited for. A barrier that some threads do not reach is an error, and so is
+// an address that is no multiple of what is moved there.
 #pragma once
 
 #include <ucontext.h>
@@ -123,6 +124,7 @@ struct Machine {
   Fiber* current;
   std::exception_ptr error;
   int threads;
+  std::minstd_rand random;
   int clusters = 1 << 20;  // that a test lets run at once
   int64_t progress;        // barriers that have opened, counts that were published and fibers that have ended
 };
@@ -212,15 +214,17 @@ inline void run_cluster(int first_block, int cluster, size_t shared) {
   for (int first = 0; first < cluster * machine.threads; first += 32) units.push_back({first, first + 32});
   for (int rank = 0; rank < cluster; ++rank)
     units.push_back({rank * machine.threads, (rank + 1) * machine.threads});
-  std::minstd_rand random;
   for (int64_t before = -1; before != machine.progress;) {
     before = machine.progress;
-    std::shuffle(units.begin(), units.end(), random);
+    std::shuffle(units.begin(), units.end(), machine.random);
     for (const auto& [first, end] : units)
       for (int64_t once = -1; once != machine.progress;) {
         once = machine.progress;
-        for (int n = first; n < end; ++n)
-          if (!machine.fibers[size_t(n)].done) run(machine.fibers[size_t(n)]);
+        const int lanes = int(machine.random() % 32);
+        for (int n = first; n < end; ++n) {
+          Fiber& fiber = machine.fibers[size_t(n ^ lanes)];
+          if (!fiber.done) run(fiber);
+        }
       }
   }
   for (const Fiber& fiber : machine.fibers)
@@ -239,7 +243,18 @@ inline void barrier() { machine.current->block->barrier.wait(); }
 inline void warp_barrier() { warp().barrier.wait(); }
 inline void cluster_barrier() { machine.cluster->wait(); }
 
+inline void check_address(const void* address, size_t multiple) {
+  if (reinterpret_cast<uintptr_t>(address) % multiple)
+    throw std::runtime_error("gpu_on_host: an address that is no multiple of what is moved there");
+}
+template <class To, class From>
+To* aligned(From* from) {
+  check_address(from, alignof(To) > sizeof(To) ? alignof(To) : sizeof(To));
+  return reinterpret_cast<To*>(from);
+}
+
 inline void store_to_peer(void* to, int rank, uint4 value) {
+  check_address(to, 16);
   const int64_t offset = static_cast<char*>(to) - shared_memory();
   const Block& peer = machine.blocks[size_t(rank)];
   if (!peer.running)
@@ -257,9 +272,12 @@ inline void wait_for(const uint32_t* from, uint32_t count) {
 
 template <int kBytes>
 void copy_async(void* to, const void* from) {
-  if (reinterpret_cast<uintptr_t>(to) % kBytes || reinterpret_cast<uintptr_t>(from) % kBytes)
-    throw std::runtime_error("gpu_on_host: a copy from or to another address than a multiple of its bytes");
-  machine.current->copies.push_back({to, from, kBytes});
+  check_address(to, kBytes);
+  check_address(from, kBytes);
+  if (machine.random() % 2)
+    std::memcpy(to, from, kBytes);
+  else
+    machine.current->copies.push_back({to, from, kBytes});
 }
 inline void wait_for_copies() {
   for (const Copy& copy : machine.current->copies) std::memcpy(copy.to, copy.from, size_t(copy.bytes));
@@ -283,8 +301,7 @@ inline float warp_sum(float x) {
 }
 
 inline void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
-  if (reinterpret_cast<uintptr_t>(from) % 16)
-    throw std::runtime_error("gpu_on_host: rows of fragments begin at multiples of 16 bytes");
+  check_address(from, 16);
   auto* words = exchanged();
   const int lane = thread() % 32;
   std::memcpy(words[lane], from, 16);
@@ -294,10 +311,10 @@ inline void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
 }
 
 // The matrix unit reads 10 bits behind the point, and cuts its sums off to float32.
-inline float to_tf32(float x) { return from_bits((bits(x) + 0x1000) & 0xffffe000); }
+inline float to_tf32(float x) { return std::isnan(x) ? x : from_bits((bits(x) + 0x1000) & 0xffffe000); }
 
 inline double dot(uint32_t a, uint32_t b, float) {
-  return double(from_bits(a & 0xffffe000)) * from_bits(b & 0xffffe000);
+  return double(from_bits(a & 0xffffe000)) * double(from_bits(b & 0xffffe000));
 }
 template <class E>
 double dot(uint32_t a, uint32_t b, E) {

@@ -262,19 +262,22 @@ def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_barrier_that_some_threads_do_not_reach_is_found(tmp_path: Path) -> None:
-    """Of the tool itself: a kernel whose first warp waits alone."""
-    source = tmp_path / "stuck.cpp"
+def assert_found(folder: Path, kernel: str, include: str = "gpu_on_host.h") -> None:
+    """That the machine under the kernels throws for one that does something wrong."""
+    source = folder / "wrong.cpp"
     source.write_text(
-        '#include "gpu_on_host.h"\n'
+        f'#include "{include}"\n'
         "using namespace sire_fast::gpu;\n"
-        "void kernel(const int) { if (thread() < 32) barrier(); }\n"
+        f"void kernel(const int) {{ {kernel} }}\n"
         "int main() {\n"
-        "  try { launch(kernel, {1, 64, 0, 1, false}, 0, 0); } catch (const std::runtime_error&) { return 7; }\n"
+        "  try {\n"
+        "    for (int n = 0; n < 16; ++n) launch(kernel, {1, 64, 64, 1, false}, 0, 0);\n"
+        "  } catch (const std::runtime_error&) { return 7; }\n"
         "}\n"
     )
-    program = tmp_path / "stuck"
-    subprocess.run(["g++", "-std=c++17", f"-I{ROOT / 'tests'}", source, "-o", program], check=True)
+    program = folder / "wrong"
+    includes = [f"-I{ROOT / name}" for name in ("tests", "csrc")]
+    subprocess.run(["g++", "-std=c++17", *includes, source, "-o", program], check=True)
     assert subprocess.run([program], check=False).returncode == 7
 
 
@@ -304,3 +307,47 @@ def test_the_compiled_kernels_spill_little_and_fit(
     told = capsys.readouterr().out
     assert code == 0, told
     assert "72 of 72 kernels fit" in told  # 4 cells, 3 dtypes, 2 directions, 3 chips
+
+
+def test_a_barrier_that_some_threads_do_not_reach_is_found(tmp_path: Path) -> None:
+    assert_found(tmp_path, "if (thread() < 32) barrier();")
+
+
+def test_two_neighbours_between_the_multiples_of_their_size_are_found(tmp_path: Path) -> None:
+    code = "float two[2]; sire_fast::cuda::load(two, reinterpret_cast<const float*>(shared_memory()) + 1);"
+    assert_found(tmp_path, code, "cuda/numbers.h")
+
+
+def test_what_reads_a_copy_before_it_waits_is_found(tmp_path: Path) -> None:
+    """It may have come, or not: of 64 threads each of the two happens to some."""
+    code = (
+        "static int from[64]; int* to = reinterpret_cast<int*>(shared_memory());"
+        "static int came = 0; if (thread() < 16) { copy_async<4>(to + thread(), from + thread());"
+        "came += to[thread()] == 0; wait_for_copies(); } barrier();"
+        'if (!thread() && came > 0 && came < 16) throw std::runtime_error("both");'
+    )
+    assert_found(tmp_path, code)
+
+
+def test_the_first_lane_is_not_always_the_first_to_run(tmp_path: Path) -> None:
+    code = 'static int ran; if (ran++ % 64 == 0 && thread() % 32) throw std::runtime_error("another");'
+    assert_found(tmp_path, code)
+
+
+def test_a_nan_stays_one_in_its_sequence() -> None:
+    arguments = cast(make(Case("gru", 5, 3, 17, 2)), FLOAT)
+    clean = run("gru", arguments, "cuda")
+    arguments["x_proj"] = arguments["x_proj"].detach().clone()
+    arguments["x_proj"][2, 1] = float("nan")
+    found = run("gru", arguments, "cuda")["output"]
+    assert found[2:, 1].isnan().all()
+    assert torch.equal(found[:, ::2], clean["output"][:, ::2])
+    assert torch.equal(found[:2], clean["output"][:2])
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="the extension is built where nvcc is found")
+def test_the_compiled_kernels_spill_little_and_fit() -> None:
+    command = [sys.executable, "-m", "bench.aot", "--backend", "cuda"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "72 of 72 kernels fit" in done.stdout  # 4 cells, 3 dtypes, 2 directions, 3 chips

@@ -71,6 +71,12 @@ SIRE_DEVICE void wait_for(const uint32_t* from, uint32_t count) {
   while (found < count);
 }
 
+// Memory as values of another type, at a multiple of their size.
+template <class To, class From>
+SIRE_DEVICE To* aligned(From* from) {
+  return reinterpret_cast<To*>(from);
+}
+
 // Starts to copy 4, 8 or 16 bytes from global to shared memory, both at a multiple of as many.
 template <int kBytes>
 SIRE_DEVICE void copy_async(void* to, const void* from) {

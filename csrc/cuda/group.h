@@ -47,7 +47,7 @@ SIRE_DEVICE void exchange_in_mailbox(Place<Cell, E, kBackward>& at, int buffer) 
   const int rows = at.shared.kOperands * kRows, width = at.p.blocks * at.split.units();
   E* mailbox = static_cast<E*>(at.p.mailbox) + (at.group * 2 + at.exchanges % 2) * rows * width;
   const auto mailed = [&](int rank, int row, int u) {
-    return reinterpret_cast<uint4*>(mailbox + row * width + rank * at.split.units() + u);
+    return aligned<uint4>(mailbox + row * width + rank * at.split.units() + u);
   };
   at.template each_piece<E>(
       rows, [&](int row, int u) { *mailed(at.rank, row, u) = *at.operand_piece(buffer, at.rank, row, u); });

@@ -43,12 +43,12 @@ struct alignas(2 * sizeof(V)) Two {
 
 template <class V>
 SIRE_DEVICE void load(float (&to)[2], const V* from) {
-  const Two<V> two = *reinterpret_cast<const Two<V>*>(from);
+  const Two<V> two = *aligned<const Two<V>>(from);
   SIRE_EACH (e, 2) to[e] = float(two.x[e]);
 }
 template <class V>
 SIRE_DEVICE void store(V* to, const float (&from)[2]) {
-  *reinterpret_cast<Two<V>*>(to) = {V(from[0]), V(from[1])};
+  *aligned<Two<V>>(to) = {V(from[0]), V(from[1])};
 }
 
 }  // namespace sire_fast::cuda

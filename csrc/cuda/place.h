@@ -95,7 +95,7 @@ struct Place {
     return shared.operand + ((at * shared.kOperands + field) * kRows + row) * shared.operand_stride;
   }
   SIRE_DEVICE uint4* operand_piece(int buffer, int of_rank, int row, int at) const {
-    return reinterpret_cast<uint4*>(operand(buffer, 0, row) + of_rank * split.units() + at);
+    return aligned<uint4>(operand(buffer, 0, row) + of_rank * split.units() + at);
   }
 
   // Calls body(row, u) for the pieces of 16 bytes of so many rows of this block's units: those from u on.
