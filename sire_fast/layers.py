@@ -286,7 +286,8 @@ class _SwapLayer(nn.RNNBase):
         """Warn once of sequences of one step, or of swaps that exchange nothing while none has exchanged anything."""
         if self._warned or torch.compiler.is_compiling() or (steps > 1 and self._exchanged):
             return
-        if steps > 1 and not (has_values(pairs) and pairs.device.type == "cpu"):
+        seen = torch._C._len_torch_dispatch_stack() > 0  # by a trace, perhaps, which cannot give a value
+        if steps > 1 and (seen or not has_values(pairs) or pairs.device.type != "cpu"):
             return
         self._exchanged = steps > 1 and not torch.equal(pairs[..., 0], pairs[..., 1])
         if not self._exchanged:

@@ -161,7 +161,7 @@ class Adjacent(_Drawn):
         """Draw the swaps of one pass; arguments and result as for the other samplers, K = max(T) - 1 for "all"."""
         if self.k != "all":
             return super().__call__(lengths, batch, generator, device)
-        longest = lengths if isinstance(lengths, int) else int(lengths.max())
+        longest = int(lengths.max()) if isinstance(lengths, Tensor) else lengths
         lengths = _as_lengths(lengths, batch, device)
         pairs = torch.stack(self._pair(torch.arange(longest - 1, device=lengths.device), lengths), -1)
         return torch.where((pairs[:, 1] < lengths[:, None])[..., None], pairs, 0)

@@ -38,7 +38,8 @@ def use(module: ModuleType, processors: int, set_: Callable[[object, str, object
 
 
 def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("on_host._cuda", path)  # a second module beside sire_fast._cuda
+    # another module than sire_fast._cuda, and than that of any other path: pybind11 knows them by their names
+    spec = importlib.util.spec_from_file_location(f"{path.parent}._cuda", path)
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
@@ -842,6 +843,13 @@ def test_fake_tensors_have_no_values_to_read(kind: type[nn.RNNBase], options: di
         assert output.shape == expected.shape
         (output.sum() + sire_fast.penalty(ours)).backward()
         assert ours.weight_hh_l0.grad.shape == ours.weight_hh_l0.shape
+
+
+@pytest.mark.parametrize("swaps", [None, Adjacent("all"), Uniform(2)], ids=str)
+def test_make_fx_traces_the_operator(swaps: Any) -> None:
+    layer = sire_fast.GRU(3, 4, swaps=swaps)
+    traced = make_fx(lambda x: layer(x)[0].sum() + (sire_fast.penalty(layer) if swaps else 0))(torch.randn(5, 2, 3))
+    assert any("sire_fast.swap_rnn" in str(node.target) for node in traced.graph.nodes)
 
 
 def test_the_operators_check_their_sizes() -> None:
