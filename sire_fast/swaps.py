@@ -203,7 +203,7 @@ class Blocks(_Drawn):
         """First positions of the blocks and the length, (B, blocks + 1)."""
         inner = _constant(self.boundaries, lengths)
         if inner.is_floating_point():
-            inner = (inner.double() * lengths[:, None]).long()
+            inner = (inner * lengths[:, None]).long()
         inner = inner.long().expand(len(lengths), -1).minimum(lengths[:, None])
         return torch.cat((torch.zeros_like(lengths)[:, None], inner, lengths[:, None]), 1)
 
@@ -306,15 +306,16 @@ def _as_lengths(lengths: int | Tensor, batch: int, device: torch.device | str | 
 def _constant(values: tuple, like: Tensor) -> Tensor:
     """Values as a tensor on the device of another. It is kept: to bring one to a GPU at every draw would make the host
     wait, and no CUDA graph can hold it. A trace takes it as a constant of its own."""
+    dtype = torch.float64 if any(isinstance(value, float) for value in values) else torch.int64
     if has_values(like):
-        return _kept_constant(values, like.device)
-    return torch.tensor(values, device=like.device)
+        return _kept_constant(values, dtype, like.device)
+    return torch.tensor(values, dtype=dtype, device=like.device)
 
 
 @functools.lru_cache(64)
-def _kept_constant(values: tuple, device: torch.device) -> Tensor:
+def _kept_constant(values: tuple, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, device=device)
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _triangle(n: Any) -> Any:

@@ -61,6 +61,11 @@ def test_draws_allowed_pairs_only(sampler: Sampler, lengths: list[int], seed: in
     assert torch.equal(drawn, again)
 
 
+def test_a_fraction_is_as_exact_as_pythons() -> None:
+    for boundary, edge in ((0.9, 9), (1, 1), (0.7, 7), (0.29, 2)):
+        assert Blocks(1, [boundary])._edges(torch.tensor([10])).tolist()[0][1] == edge
+
+
 @settings(max_examples=30)
 @given(samplers, st.integers(1, 9))
 def test_reaches_every_allowed_pair_equally(sampler: Sampler, length: int) -> None:
