@@ -5,8 +5,9 @@
 // Clusters run one after the other, the blocks of one, or of a cooperative grid, together, in an order that
 // changes: whole blocks, or warps of them, as far as they come before the next, and so do the lanes of a
 // warp. Memory is handed out full of NaN and exactly as large as asked for. What is copied asynchronously
-// arrives at once, or when it is waited for. A barrier that some threads do not reach is an error, and so is
-// an address that is no multiple of what is moved there.
+// arrives at once, or when it is waited for; what is sent to another block, in any order and arbitrarily late.
+// A barrier that some threads do not reach is an error, and so is an address that is no multiple of what is
+// moved there.
 #pragma once
 
 #include <ucontext.h>
@@ -103,6 +104,19 @@ struct Copy {
   int bytes;
 };
 
+// What comes from other blocks of a cluster: a phase ends when one thread has told the bytes of it and they
+// have come.
+struct Arrivals {
+  int32_t missing;  // bytes, less those that came before they were told
+  uint16_t told, parity;
+};
+
+struct Sent {  // and not yet there
+  Block* block;
+  int64_t to, arrivals;  // in its shared memory
+  uint4 value;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -126,6 +140,7 @@ struct Machine {
   int threads;
   std::minstd_rand random;
   int clusters = 1 << 20;  // that a test lets run at once
+  std::vector<Sent> sent;
   int64_t progress;        // barriers that have opened, counts that were published and fibers that have ended
 };
 inline Machine machine;
@@ -187,8 +202,11 @@ inline void Barrier::wait() {
   while (opened_ == before) leave(*machine.current);
 }
 
+inline void arrive();
+
 inline void run_cluster(int first_block, int cluster, size_t shared) {
   machine.blocks.clear();
+  machine.sent.clear();
   machine.cluster = std::make_unique<Barrier>(cluster * machine.threads);
   for (int rank = 0; rank < cluster; ++rank) {
     Block block{first_block + rank, rank, std::make_unique<char[]>(shared), Barrier(machine.threads), {}, 0};
@@ -217,7 +235,8 @@ inline void run_cluster(int first_block, int cluster, size_t shared) {
   for (int64_t before = -1; before != machine.progress;) {
     before = machine.progress;
     std::shuffle(units.begin(), units.end(), machine.random);
-    for (const auto& [first, end] : units)
+    for (const auto& [first, end] : units) {
+      arrive();
       for (int64_t once = -1; once != machine.progress;) {
         once = machine.progress;
         const int lanes = int(machine.random() % 32);
@@ -226,6 +245,7 @@ inline void run_cluster(int first_block, int cluster, size_t shared) {
           if (!fiber.done) run(fiber);
         }
       }
+    }
   }
   for (const Fiber& fiber : machine.fibers)
     if (!fiber.done) throw std::runtime_error("gpu_on_host: a barrier that some threads do not reach");
@@ -253,13 +273,49 @@ To* aligned(From* from) {
   return reinterpret_cast<To*>(from);
 }
 
-inline void store_to_peer(void* to, int rank, uint4 value) {
+inline void begin_arrivals(Arrivals* at) { *at = {0, 0, 0}; }
+
+inline void end_phase(Arrivals& at) {
+  if (!at.told || at.missing) return;
+  at = {0, 0, uint16_t(1 - at.parity)};
+  ++machine.progress;
+}
+
+inline void expect_arrivals(Arrivals* at, int bytes) {
+  if (at->told) throw std::runtime_error("gpu_on_host: a phase that has not ended is told to begin again");
+  at->told = 1;
+  at->missing += bytes;
+  end_phase(*at);
+}
+
+inline void wait_for_arrivals(const Arrivals* at, uint32_t parity) {
+  while (at->parity == parity) leave(*machine.current);
+}
+
+inline void send(void* to, Arrivals* arrivals, int rank, uint4 value) {
   check_address(to, 16);
-  const int64_t offset = static_cast<char*>(to) - shared_memory();
-  const Block& peer = machine.blocks[size_t(rank)];
-  if (!peer.running)
-    throw std::runtime_error("gpu_on_host: a block that has not begun, or has ended, is written to");
-  std::memcpy(peer.shared.get() + offset, &value, 16);
+  const auto offset = [](void* p) { return static_cast<char*>(p) - shared_memory(); };
+  machine.sent.push_back({&machine.blocks[size_t(rank)], offset(to), offset(arrivals), value});
+  ++machine.progress;
+}
+
+// Some of what was sent arrives, the oldest in any case, so that all of it does.
+inline void arrive() {
+  std::vector<Sent> later;
+  for (const Sent& sent : machine.sent) {
+    if (&sent != machine.sent.data() && machine.random() % 2) {
+      later.push_back(sent);
+      continue;
+    }
+    if (!sent.block->running)
+      throw std::runtime_error("gpu_on_host: a block that has not begun, or has ended, is written to");
+    std::memcpy(sent.block->shared.get() + sent.to, &sent.value, sizeof sent.value);
+    auto& at = *reinterpret_cast<Arrivals*>(sent.block->shared.get() + sent.arrivals);
+    at.missing -= int32_t(sizeof sent.value);
+    end_phase(at);
+    ++machine.progress;
+  }
+  machine.sent = std::move(later);
 }
 
 inline void publish(uint32_t* to, uint32_t count) {

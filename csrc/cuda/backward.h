@@ -207,7 +207,8 @@ struct BackwardTile : Tile<Cell, E, true> {
       SIRE_ROLLED
       for (int n = 0; n < 2 * kTiles; ++n) {
         const int row = this->row_of(n / 2, n % 2);
-        if (this->takes(n / 2, n % 2) && shared.rows[row].original == bool(turn)) step_row(now, tau, row);
+        if (this->takes(n / 2, n % 2) && row < this->rows && shared.rows[row].original == bool(turn))
+          step_row(now, tau, row);
       }
       this->split.splits == 1 ? warp_barrier() : barrier();
     }
@@ -227,10 +228,9 @@ struct BackwardTile : Tile<Cell, E, true> {
     this->each_tile([&] {
       for (int pass = this->passes() - 1; pass >= 0; --pass) {
         this->set_rows(pass);
-        const int steps = this->steps(pass);
-        if (!steps) continue;
-        begin(steps);
-        for (int tau = steps - 1; tau >= 0; --tau) step(tau);
+        if (!this->steps) continue;
+        begin(this->steps);
+        for (int tau = this->steps - 1; tau >= 0; --tau) step(tau);
         finish();
       }
     });

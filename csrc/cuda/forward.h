@@ -118,7 +118,7 @@ struct ForwardTile : Tile<Cell, E, false> {
         }
       }
     });
-    if (this->rank) return;  // the barrier of the last step is behind all blocks' states
+    if (this->rank) return;
     for (int row = this->warp; row < kRows; row += threads() / 32) {
       const Row& r = shared.rows[row];
       if (!r.variant) continue;
@@ -143,9 +143,9 @@ struct ForwardTile : Tile<Cell, E, false> {
     this->each_tile([&] {
       for (int pass = 0; pass < this->passes(); ++pass) {
         this->set_rows(pass);
-        const int steps = this->steps(pass);
         begin();
-        for (int tau = 0; tau < steps; ++tau) step(tau, bias);
+        for (int tau = 0; tau < this->steps; ++tau) step(tau, bias);
+        meet(*this);
         finish();
       }
     });

@@ -46,16 +46,54 @@ SIRE_DEVICE void cluster_barrier() {
 #endif
 }
 
-// Stores 16 bytes where `to`, in this block's shared memory, lies in that of another block of the cluster.
-SIRE_DEVICE void store_to_peer(void* to, int rank, uint4 value) {
+// What comes from the other blocks of a cluster: an mbarrier, in shared memory, for one phase after the other.
+// A phase ends when one thread has told how many bytes it is to bring, and they have come; they may come
+// before that is told. Phases are told apart by their parity, 0 first. Source: PTX ISA, "mbarrier", "st.async".
+using Arrivals = uint64_t;
+
+SIRE_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+
+// By one thread; others, and other blocks, may use it behind a barrier of the cluster.
+SIRE_DEVICE void begin_arrivals(Arrivals* at) {
 #if __CUDA_ARCH__ >= 900
-  uint32_t address;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(address)
-      : "r"(uint32_t(__cvta_generic_to_shared(to))), "r"(rank));
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y),
-               "r"(value.z), "r"(value.w)
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
+                   shared_address(at))
                : "memory");
+#endif
+}
+
+SIRE_DEVICE void expect_arrivals(Arrivals* at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(at)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+SIRE_DEVICE void wait_for_arrivals(const Arrivals* at, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t ended;
+  do asm volatile(
+        "{\n.reg .pred ended;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, ended;\n}"
+        : "=r"(ended)
+        : "r"(shared_address(at)), "r"(parity)
+        : "memory");
+  while (!ended);
+#endif
+}
+
+// Starts to store 16 bytes in another block of the cluster: to and arrivals are what lies there in this block.
+SIRE_DEVICE void send(void* to, Arrivals* arrivals, int rank, uint4 value) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .u32 to, arrivals;\n"
+      "mapa.shared::cluster.u32 to, %0, %2;\n"
+      "mapa.shared::cluster.u32 arrivals, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [arrivals];\n}" ::"r"(
+          shared_address(to)),
+      "r"(shared_address(arrivals)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
 #endif
 }
 
@@ -80,7 +118,7 @@ SIRE_DEVICE To* aligned(From* from) {
 // Starts to copy 4, 8 or 16 bytes from global to shared memory, both at a multiple of as many.
 template <int kBytes>
 SIRE_DEVICE void copy_async(void* to, const void* from) {
-  const auto address = uint32_t(__cvta_generic_to_shared(to));
+  const uint32_t address = shared_address(to);
   if constexpr (kBytes == 16)  // past the first-level cache
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
   else
@@ -114,7 +152,7 @@ SIRE_DEVICE float to_tf32(float x) {
 SIRE_DEVICE void load_fragments(uint32_t (&b)[2][2], const uint32_t* words) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
-               : "r"(uint32_t(__cvta_generic_to_shared(words)))
+               : "r"(shared_address(words))
                : "memory");
 }
 

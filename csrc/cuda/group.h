@@ -18,12 +18,11 @@ SIRE_DEVICE void group_barrier(uint32_t* arrived, int rank, int blocks, uint32_t
   barrier();
 }
 
-// Calls body(peer) for all other blocks of the group, the next one first.
+// Calls body(peer) for every so manieth of the other blocks of the group, from the first behind this one on.
 template <class Cell, class E, bool kBackward, class F>
-SIRE_DEVICE void each_peer(const Place<Cell, E, kBackward>& at, F body) {
-  const Pass& p = at.p;
-  for (int peer = at.rank + 1; peer != at.rank + p.blocks; ++peer)
-    body(peer < p.blocks ? peer : peer - p.blocks);
+SIRE_DEVICE void each_peer(const Place<Cell, E, kBackward>& at, int first, int step, F body) {
+  const int blocks = at.p.blocks;
+  for (int n = at.rank + 1 + first; n < at.rank + blocks; n += step) body(n < blocks ? n : n - blocks);
 }
 
 // What was fetched has come, and nobody of the cluster is behind.
@@ -33,39 +32,58 @@ SIRE_DEVICE void meet(const Place<Cell, E, kBackward>& at) {
   at.p.blocks > 1 && !at.p.mailbox ? cluster_barrier() : barrier();
 }
 
+// Two buffers suffice: who sends to one has what all others have sent to the other buffer, and they have sent
+// that behind a barrier which their threads reach when they have read the first. Nor does a phase of arrivals
+// begin before all threads have seen the end of the one before. What has ended a pass nobody waits for: then
+// they `meet`.
 template <class Cell, class E, bool kBackward>
-SIRE_DEVICE void exchange_in_cluster(const Place<Cell, E, kBackward>& at, int buffer) {
-  at.template each_piece<E>(at.shared.kOperands * kRows, [&](int row, int u) {
-    uint4* piece = at.operand_piece(buffer, at.rank, row, u);
-    const uint4 value = *piece;
-    each_peer(at, [&](int peer) { store_to_peer(piece, peer, value); });
+SIRE_DEVICE void exchange_in_cluster(Place<Cell, E, kBackward>& at, int buffer) {
+  constexpr int kOperands = Shared<Cell, E, kBackward>::kOperands;
+  const int blocks = at.p.blocks;
+  Arrivals* arrivals = at.shared.arrivals + buffer;
+  if (!thread())
+    expect_arrivals(arrivals, (blocks - 1) * kOperands * at.rows * at.split.units() * int(sizeof(E)));
+  at.template each_shared_piece<E>([&](int row, int u, int first, int step) {
+    uint4 values[kOperands];
+    SIRE_EACH (k, kOperands) values[k] = *at.operand_piece(buffer, at.rank, k * kRows + row, u);
+    each_peer(at, first, step, [&](int peer) {
+      SIRE_EACH (k, kOperands)
+        send(at.operand_piece(buffer, at.rank, k * kRows + row, u), arrivals, peer, values[k]);
+    });
   });
+  wait_for_arrivals(arrivals, at.parities >> buffer & 1);
+  at.parities ^= 1u << buffer;
 }
 
 template <class Cell, class E, bool kBackward>
 SIRE_DEVICE void exchange_in_mailbox(Place<Cell, E, kBackward>& at, int buffer) {
-  const int rows = at.shared.kOperands * kRows, width = at.p.blocks * at.split.units();
-  E* mailbox = static_cast<E*>(at.p.mailbox) + (at.group * 2 + at.exchanges % 2) * rows * width;
+  constexpr int kOperands = Shared<Cell, E, kBackward>::kOperands;
+  const int blocks = at.p.blocks, width = blocks * at.split.units();
+  E* mailbox = static_cast<E*>(at.p.mailbox) + (at.group * 2 + at.exchanges % 2) * kOperands * kRows * width;
   const auto mailed = [&](int rank, int row, int u) {
     return aligned<uint4>(mailbox + row * width + rank * at.split.units() + u);
   };
-  at.template each_piece<E>(
-      rows, [&](int row, int u) { *mailed(at.rank, row, u) = *at.operand_piece(buffer, at.rank, row, u); });
-  group_barrier(at.p.arrived + at.group * at.p.blocks, at.rank, at.p.blocks, ++at.exchanges);
-  at.template each_piece<E>(rows, [&](int row, int u) {
-    each_peer(
-        at, [&](int peer) { copy_async<16>(at.operand_piece(buffer, peer, row, u), mailed(peer, row, u)); });
+  at.template each_piece<E>(at.rows, [&](int row, int u) {
+    SIRE_EACH (k, kOperands)
+      *mailed(at.rank, k * kRows + row, u) = *at.operand_piece(buffer, at.rank, k * kRows + row, u);
   });
+  group_barrier(at.p.arrived + at.group * blocks, at.rank, blocks, ++at.exchanges);
+  at.template each_shared_piece<E>([&](int row, int u, int first, int step) {
+    each_peer(at, first, step, [&](int peer) {
+      SIRE_EACH (k, kOperands)
+        copy_async<16>(at.operand_piece(buffer, peer, k * kRows + row, u), mailed(peer, k * kRows + row, u));
+    });
+  });
+  wait_for_copies();
+  barrier();
 }
 
-// Ends a step: as `meet`, and the operands of all blocks have come to this one.
+// Ends a step: what was fetched has come, and so have the operands of all blocks.
 template <class Cell, class E, bool kBackward>
 SIRE_DEVICE void exchange(Place<Cell, E, kBackward>& at, int buffer) {
-  if (at.p.blocks > 1) {
-    barrier();
-    at.p.mailbox ? exchange_in_mailbox(at, buffer) : exchange_in_cluster(at, buffer);
-  }
-  meet(at);
+  wait_for_copies();
+  barrier();
+  if (at.p.blocks > 1) at.p.mailbox ? exchange_in_mailbox(at, buffer) : exchange_in_cluster(at, buffer);
 }
 
 // Nothing but barriers, to time them.

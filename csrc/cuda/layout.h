@@ -113,6 +113,7 @@ struct Shared {
   Row* rows;                                        // (kRows)
   Cursor* cursors;                                  // (kRows)
   Visit* visits;                                    // (2, kRows)
+  Arrivals* arrivals;                               // (2), in a cluster: of each buffer of operands
   float* sums;           // (splits, tiles, kTiles, 2, gates, 2, 32), what warps have summed for others
   float* own;            // (states, kRows, units), states, or their gradients
   float* after;          // backward: (states, kRows, units), states after the step
@@ -135,6 +136,7 @@ struct Shared {
     take(rows, kRows);
     take(cursors, kBackward ? kRows : 0);
     take(visits, 2 * kRows);
+    take(arrivals, 2);
     take(sums, split.splits > 1 ? split.warps() * Cell::gates * kTiles * 128 : 0);
     take(own, Cell::states * kRows * state_stride);
     take(after, kBackward ? Cell::states * kRows * state_stride : 0);

@@ -23,7 +23,9 @@ struct Place {
   const int warp, lane, tile, part;  // tile of units and part of the sum of this warp
   const int u, unit;
   int taken = 0;           // bits of the rows whose steps it takes
+  int rows = 0;            // in use, the first ones of a tile
   uint32_t exchanges = 0;  // through the mailbox, so far
+  uint32_t parities = 0;   // in a cluster: a bit for what is to arrive in each buffer
 
   SIRE_DEVICE explicit Place(const Pass& p)
       : p(p),
@@ -48,12 +50,12 @@ struct Place {
   SIRE_DEVICE int row_of(int n, int c) const { return n * kTile + lane % 4 * 2 + c; }
   SIRE_DEVICE bool takes(int n, int c) const { return taken >> (2 * n + c) & 1; }
 
-  // Calls body(n, c, row) for the rows that this thread takes.
+  // Calls body(n, c, row) for the rows in use that this thread takes.
   template <class F>
   SIRE_DEVICE void each_row(F body) const {
     SIRE_EACH (n, kTiles)
       SIRE_EACH (c, 2)
-        if (takes(n, c)) body(n, c, row_of(n, c));
+        if (takes(n, c) && row_of(n, c) < rows) body(n, c, row_of(n, c));
   }
 
   // The values of a row of H for this thread's units, 0 where there are none.
@@ -101,10 +103,26 @@ struct Place {
   // Calls body(row, u) for the pieces of 16 bytes of so many rows of this block's units: those from u on.
   template <class V, class F>
   SIRE_DEVICE void each_piece(int rows, F body) const {
-    constexpr int kPiece = 16 / int(sizeof(V));
-    const int shift = split.tile_bits + (kPiece == 4 ? 2 : 1), at = (thread() & ((1 << shift) - 1)) * kPiece;
+    const int bits = piece_bits<V>(), at = piece<V>();
     if (at < split.units())
-      for (int row = thread() >> shift; row < rows; row += threads() >> shift) body(row, at);
+      for (int row = thread() >> bits; row < rows; row += threads() >> bits) body(row, at);
+  }
+  // Calls body(row, u, first, step) for them, of the rows in use: where threads are left, each of them has
+  // every so manieth of the other blocks of the group from the first on.
+  template <class V, class F>
+  SIRE_DEVICE void each_shared_piece(F body) const {
+    const int turn = thread() >> piece_bits<V>(), turns = threads() >> piece_bits<V>(), at = piece<V>();
+    const int step = turns < kRows ? 1 : turns / kRows;
+    if (at < split.units() && turn / kRows < step)
+      for (int row = turn % kRows; row < rows; row += turns) body(row, at, turn / kRows, step);
+  }
+  template <class V>
+  SIRE_DEVICE int piece_bits() const {
+    return split.tile_bits + (sizeof(V) == 4 ? 2 : 1);
+  }
+  template <class V>
+  SIRE_DEVICE int piece() const {
+    return (thread() & ((1 << piece_bits<V>()) - 1)) * (16 / int(sizeof(V)));
   }
 
   // Starts to copy, for each row, this block's units of kFields rows of H values, the first of which is
@@ -112,7 +130,7 @@ struct Place {
   template <int kFields, class V, class Source>
   SIRE_DEVICE void fetch(V* to, int stride, Source source) const {
     constexpr int kPiece = 16 / int(sizeof(V));
-    each_piece<V>(kRows, [&](int row, int at) {
+    each_piece<V>(rows, [&](int row, int at) {
       const V* from = source(row);
       if (!from) return;
       from += unit0 + at;

@@ -17,11 +17,13 @@ namespace sire_fast::cuda {
 template <class Cell, class E, bool kBackward>
 struct Tile : Product<Cell, E, kBackward> {
   using Base = Product<Cell, E, kBackward>;
-  using Base::group, Base::p, Base::shared;
+  using Base::group, Base::p, Base::rows, Base::shared;
   static constexpr int STATES = Cell::states;
   int first_sequence;
+  int steps;  // of a pass
 
   SIRE_DEVICE explicit Tile(const Pass& p) : Base(p) {
+    if (thread() < 2) begin_arrivals(shared.arrivals + thread());
     meet(*this);  // nobody writes to a block that has not begun
   }
 
@@ -33,7 +35,7 @@ struct Tile : Product<Cell, E, kBackward> {
 
   SIRE_DEVICE int passes() const { return 1 + ceil_div(p.N * (p.K - p.V), kRows); }
 
-  SIRE_DEVICE void set_rows(int pass) const {
+  SIRE_DEVICE void set_rows(int pass) {
     barrier();  // nobody needs the rows before
     if (thread() < kRows) {
       const int row = thread(), behind = p.K - p.V > 1 ? p.K - p.V : 1, dense = (pass - 1) * kRows + row;
@@ -56,16 +58,13 @@ struct Tile : Product<Cell, E, kBackward> {
       shared.rows[row] = r;
     }
     barrier();
-  }
-
-  SIRE_DEVICE int steps(int pass) const {
-    if (!pass) return p.T;
-    int longest = 0;
+    rows = steps = 0;
     for (int row = 0; row < kRows; ++row) {
       const Row& r = shared.rows[row];
-      if (r.moving && r.stop - r.i + 1 > longest) longest = r.stop - r.i + 1;
+      if (r.original || r.variant) rows = row + 1;
+      const int its = r.original ? p.T : r.moving ? r.stop + 1 - r.origin : 0;
+      if (its > steps) steps = its;
     }
-    return longest;
   }
 
   // whether a row is run; in lock step a variant is also run before its swap, where it is its original
