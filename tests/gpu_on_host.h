@@ -5,9 +5,9 @@
 // Clusters run one after the other, the blocks of one, or of a cooperative grid, together, in an order that
 // changes: whole blocks, or warps of them, as far as they come before the next, and so do the lanes of a
 // warp. Memory is handed out full of NaN and exactly as large as asked for. What is copied asynchronously
-// arrives at once, or when it is waited for; what is sent to another block, in any order and arbitrarily late.
-// A barrier that some threads do not reach is an error, and so is an address that is no multiple of what is
-// moved there.
+// arrives at once, or when it is waited for; what is sent to another block, in any order and arbitrarily
+// late. A barrier that some threads do not reach is an error, and so is an address that is no multiple of
+// what is moved there.
 #pragma once
 
 #include <ucontext.h>
@@ -141,7 +141,7 @@ struct Machine {
   std::minstd_rand random;
   int clusters = 1 << 20;  // that a test lets run at once
   std::vector<Sent> sent;
-  int64_t progress;        // barriers that have opened, counts that were published and fibers that have ended
+  int64_t progress;  // barriers that have opened, counts that were published and fibers that have ended
 };
 inline Machine machine;
 #ifdef __SANITIZE_ADDRESS__
@@ -347,6 +347,11 @@ inline uint32_t (*exchanged())[6] {
   return warp().words[fiber.turn];
 }
 
+template <class E>
+uint32_t bits_of_two(const float (&x)[2], E) {
+  return bits(E(x[1])) << 16 | bits(E(x[0]));
+}
+
 inline float warp_sum(float x) {
   auto* words = exchanged();
   words[thread() % 32][0] = bits(x);
@@ -356,18 +361,21 @@ inline float warp_sum(float x) {
   return total;
 }
 
-inline void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
+template <int kTiles>
+void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
   check_address(from, 16);
   auto* words = exchanged();
   const int lane = thread() % 32;
   std::memcpy(words[lane], from, 16);
   warp_barrier();
-  for (int matrix = 0; matrix < 4; ++matrix)
+  for (int matrix = 0; matrix < 2 * kTiles; ++matrix)
     b[matrix / 2][matrix % 2] = words[8 * matrix + lane / 4][lane % 4];
 }
 
 // The matrix unit reads 10 bits behind the point, and cuts its sums off to float32.
 inline float to_tf32(float x) { return std::isnan(x) ? x : from_bits((bits(x) + 0x1000) & 0xffffe000); }
+
+inline uint32_t finite_to_tf32(uint32_t x) { return (x + 0x1000) & 0xffffe000; }
 
 inline double dot(uint32_t a, uint32_t b, float) {
   return double(from_bits(a & 0xffffe000)) * double(from_bits(b & 0xffffe000));

@@ -17,35 +17,39 @@ template <class Cell, class E>
 struct BackwardTile : Tile<Cell, E, true> {
   using Base = Tile<Cell, E, true>;
   using Base::after, Base::each_row, Base::get, Base::live, Base::operand, Base::original_row, Base::own,
-      Base::p, Base::put, Base::shared, Base::span_row, Base::staged, Base::staged_state, Base::u, Base::unit,
-      Base::visit;
+      Base::p, Base::put, Base::rows, Base::shared, Base::span_row, Base::staged, Base::staged_state,
+      Base::steps, Base::u, Base::unit, Base::visit;
   static constexpr int G = Cell::gates, STATES = Cell::states, KEPT = Cell::saved, D = Cell::gradients;
   const Backward& g;
 
   SIRE_DEVICE explicit BackwardTile(const Backward& g) : Base(g), g(g) {}
 
-  SIRE_DEVICE int next(const Row& r, const int64_t* times, int n) const {
-    return r.original && n < p.K ? int(times[r.b * p.K + n]) : -1;
+  // Those of an original's events, the latest first, that are at step t: the first, and how many.
+  SIRE_DEVICE void find(const int64_t* times, const Row& r, int t, int& first, int& count) const {
+    times += r.b * p.K;
+    for (int end = p.K; first < end;) {
+      const int middle = (first + end) / 2;
+      if (times[middle] > t)
+        first = middle + 1;
+      else
+        end = middle;
+    }
+    while (first + count < p.K && times[first + count] == t) ++count;
   }
 
-  // Once for each step, the last one first.
-  SIRE_DEVICE void prepare(int buffer, int tau) const {
-    if (thread() >= kRows) return;
-    const Row& r = shared.rows[thread()];
-    Cursor& cursor = shared.cursors[thread()];
+  SIRE_DEVICE void prepare(int row, int tau) const {
+    const Row& r = shared.rows[row];
     const int t = r.origin + tau, earlier = t - 1;
-    auto& to = visit(buffer, thread()) = {};
+    auto& to = visit(tau, row) = {};
     to.running = live(r) && t <= r.stop && (r.original || t >= r.i);
     to.first = t == r.i;
     to.last = t == r.stop;
     to.at = original_row(r, t) * G * p.H;
     if (!r.original) to.at = to.first ? r.v * (D + STATES) * p.H : span_row(r, t) * D * p.H;
-    to.ended = cursor.ended;
-    to.started = cursor.started;
-    for (; cursor.end == t; cursor.end = next(r, g.end_times, cursor.ended)) ++cursor.ended;
-    for (; cursor.start == t; cursor.start = next(r, g.start_times, cursor.started)) ++cursor.started;
-    to.ends = cursor.ended - to.ended;
-    to.starts = cursor.started - to.started;
+    if (r.original) {
+      find(g.end_times, r, t, to.ended, to.ends);
+      find(g.start_times, r, t, to.started, to.starts);
+    }
     if (!live(r) || tau == 0 || (r.variant && earlier < r.i) || earlier > r.stop + 1) return;
     const bool running = earlier <= r.stop;
     if (running) to.gates = static_cast<const E*>(g.gates) + this->gates_row(r, earlier) * KEPT * p.H;
@@ -56,25 +60,26 @@ struct BackwardTile : Tile<Cell, E, true> {
     }
   }
 
-  // Gates of the step before that of a visit, the states before it, and the gradients that come from outside.
-  SIRE_DEVICE void fetch_step(int buffer, int visits) const {
+  SIRE_DEVICE void prepare(int tau) const {
+    this->each_visit(tau, [&](int row, int of) { prepare(row, of); });
+  }
+
+  // Gates of the step before tau, the states before it, and the gradients that come from outside.
+  SIRE_DEVICE void fetch_before(int tau) const {
+    const int buffer = (tau + 1) % 2;
     this->template fetch<KEPT>(staged(buffer, 0, 0), shared.staged_stride,
-                               [&](int row) { return visit(visits, row).gates; });
+                               [&](int row) { return visit(tau, row).gates; });
     SIRE_EACH (k, STATES) {
       this->template fetch<1>(staged_state(buffer, k, 0), shared.state_stride,
-                              [&](int row) { return visit(visits, row).before[k]; });
+                              [&](int row) { return visit(tau, row).before[k]; });
       this->template fetch<1>(staged_state(buffer, STATES + k, 0), shared.state_stride,
-                              [&](int row) { return visit(visits, row).incoming[k]; });
+                              [&](int row) { return visit(tau, row).incoming[k]; });
     }
   }
 
-  SIRE_DEVICE void begin(int steps) {
-    if (thread() < kRows) {
-      const Row& r = shared.rows[thread()];
-      shared.cursors[thread()] = {0, 0, next(r, g.end_times, 0), next(r, g.start_times, 0)};
-    }
-    prepare(steps % 2, steps);
-    prepare((steps - 1) % 2, steps - 1);
+  SIRE_DEVICE void begin() {
+    prepare(steps);
+    fetch_before(steps);
     each_row([&](int, int, int row) {
       const Row& r = shared.rows[row];
       const int t = r.origin + steps;
@@ -85,8 +90,6 @@ struct BackwardTile : Tile<Cell, E, true> {
         store(after(k, row), s);
       }
     });
-    barrier();
-    fetch_step((steps - 1) % 2, steps % 2);
     meet(*this);
   }
 
@@ -144,9 +147,10 @@ struct BackwardTile : Tile<Cell, E, true> {
 
   // Leaves du in the operands, and in `own` what of the gradient of the states before the step does not go
   // through the product.
-  SIRE_DEVICE void step_row(int now, int tau, int row) const {
+  SIRE_DEVICE void step_row(int tau, int row) const {
+    const int now = tau % 2;
     const Row& r = shared.rows[row];
-    const auto at = visit(now, row);
+    const auto at = visit(tau, row);
     float s[STATES][2], next[STATES][2], dx[G][2] = {}, du[G][2] = {}, ds[STATES][2] = {};
     SIRE_EACH (k, STATES) {
       load(s[k], staged_state(now, k, row) + u);
@@ -197,20 +201,28 @@ struct BackwardTile : Tile<Cell, E, true> {
     SIRE_EACH (k, STATES) store(own(k, row), ds[k]);
   }
 
+  // Whether an original takes what variants have left it in a step, which are to take that step before it.
+  SIRE_DEVICE bool some_start(int tau) const {
+    bool some = false;
+    if (shared.rows[0].original)
+      for (int row = 0; row < rows; row += 1 + p.V) some = some || visit(tau, row).starts;
+    return some;
+  }
+
   SIRE_DEVICE void step(int tau) {
     const int now = tau % 2;
-    fetch_step(1 - now, now);
-    if (tau) prepare(1 - now, tau - 1);
-    // originals take what variants have left them in this step
+    if (tau % kAhead == kAhead - 1) prepare(tau);
+    fetch_before(tau);
+    const bool twice = some_start(tau);
     SIRE_ROLLED
-    for (int turn = 0; turn < 2; ++turn) {
+    for (int turn = 0; turn <= int(twice); ++turn) {
+      if (turn) this->split.splits == 1 ? warp_barrier() : barrier();
       SIRE_ROLLED
       for (int n = 0; n < 2 * kTiles; ++n) {
         const int row = this->row_of(n / 2, n % 2);
-        if (this->takes(n / 2, n % 2) && row < this->rows && shared.rows[row].original == bool(turn))
-          step_row(now, tau, row);
+        if (this->takes(n / 2, n % 2) && row < rows && bool(visit(tau, row).starts) == bool(turn))
+          step_row(tau, row);
       }
-      this->split.splits == 1 ? warp_barrier() : barrier();
     }
     exchange(*this, now);
     Sum sums[kTiles][G] = {};
@@ -228,9 +240,9 @@ struct BackwardTile : Tile<Cell, E, true> {
     this->each_tile([&] {
       for (int pass = this->passes() - 1; pass >= 0; --pass) {
         this->set_rows(pass);
-        if (!this->steps) continue;
-        begin(this->steps);
-        for (int tau = this->steps - 1; tau >= 0; --tau) step(tau);
+        if (!steps) continue;
+        begin();
+        for (int tau = steps - 1; tau >= 0; --tau) step(tau);
         finish();
       }
     });

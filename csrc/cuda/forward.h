@@ -29,12 +29,11 @@ struct ForwardTile : Tile<Cell, E, false> {
     return static_cast<const E*>(p.x) + original_row(r, source) * G * p.H;
   }
 
-  SIRE_DEVICE void prepare(int buffer, int tau) const {
-    if (thread() >= kRows) return;
-    const Row& r = shared.rows[thread()];
+  SIRE_DEVICE void prepare(int row, int tau) const {
+    const Row& r = shared.rows[row];
     const int t = r.origin + tau;
     const bool running = live(r) && t <= r.stop, in_span = running && t >= r.i;
-    auto& to = visit(buffer, thread()) = {running, {}, {}, nullptr, inputs(r, t + 1)};
+    auto& to = visit(tau, row) = {running, {}, {}, nullptr, inputs(r, t + 1)};
     SIRE_EACH (k, STATES) {
       if (r.original) to.states[k] = f.states[k] + original_row(r, t) * p.H;
       if (in_span && f.spans) to.states[k] = f.spans + (span_row(r, t) * STATES + k) * p.H;
@@ -51,7 +50,6 @@ struct ForwardTile : Tile<Cell, E, false> {
 
   SIRE_DEVICE void begin() {
     fetch_inputs(0, [&](int row) { return inputs(shared.rows[row], shared.rows[row].origin); });
-    prepare(0, 0);
     each_row([&](int, int, int row) {
       const Row& r = shared.rows[row];
       SIRE_EACH (k, STATES) {
@@ -66,15 +64,15 @@ struct ForwardTile : Tile<Cell, E, false> {
 
   SIRE_DEVICE void step(int tau, const float (&bias)[2][G]) {
     const int now = tau % 2;
-    fetch_inputs(1 - now, [&](int row) { return visit(now, row).inputs; });
-    prepare(1 - now, tau + 1);
+    if (tau % kAhead == 0) this->each_visit(tau, [&](int row, int of) { prepare(row, of); });
+    fetch_inputs(1 - now, [&](int row) { return visit(tau, row).inputs; });
     Sum sums[kTiles][G];
     SIRE_EACH (n, kTiles)
       SIRE_EACH (g, G)
         SIRE_EACH (e, 4) sums[n][g][e] = bias[e / 2][g];
     this->multiply(now, sums);
     each_row([&](int n, int c, int row) {
-      const auto at = visit(now, row);
+      const auto at = visit(tau, row);
       float s[STATES][2];
       SIRE_EACH (k, STATES) load(s[k], own(k, row));
       if (at.running) {

@@ -46,9 +46,10 @@ SIRE_DEVICE void cluster_barrier() {
 #endif
 }
 
-// What comes from the other blocks of a cluster: an mbarrier, in shared memory, for one phase after the other.
-// A phase ends when one thread has told how many bytes it is to bring, and they have come; they may come
-// before that is told. Phases are told apart by their parity, 0 first. Source: PTX ISA, "mbarrier", "st.async".
+// What comes from the other blocks of a cluster: an mbarrier, in shared memory, for one phase after the
+// other. A phase ends when one thread has told how many bytes it is to bring, and they have come; they may
+// come before that is told. Phases are told apart by their parity, 0 first. Source: PTX ISA, "mbarrier",
+// "st.async".
 using Arrivals = uint64_t;
 
 SIRE_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
@@ -56,9 +57,9 @@ SIRE_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_gene
 // By one thread; others, and other blocks, may use it behind a barrier of the cluster.
 SIRE_DEVICE void begin_arrivals(Arrivals* at) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(
-                   shared_address(at))
-               : "memory");
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(at))
+      : "memory");
 #endif
 }
 
@@ -72,7 +73,8 @@ SIRE_DEVICE void expect_arrivals(Arrivals* at, int bytes) {
 SIRE_DEVICE void wait_for_arrivals(const Arrivals* at, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   uint32_t ended;
-  do asm volatile(
+  do
+    asm volatile(
         "{\n.reg .pred ended;\n"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 ended, [%1], %2;\n"
         "selp.u32 %0, 1, 0, ended;\n}"
@@ -83,15 +85,16 @@ SIRE_DEVICE void wait_for_arrivals(const Arrivals* at, uint32_t parity) {
 #endif
 }
 
-// Starts to store 16 bytes in another block of the cluster: to and arrivals are what lies there in this block.
+// Starts to store 16 bytes in another block of the cluster: to and arrivals are what lies there in this
+// block.
 SIRE_DEVICE void send(void* to, Arrivals* arrivals, int rank, uint4 value) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n.reg .u32 to, arrivals;\n"
       "mapa.shared::cluster.u32 to, %0, %2;\n"
       "mapa.shared::cluster.u32 arrivals, %1, %2;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [arrivals];\n}" ::"r"(
-          shared_address(to)),
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%3, %4, %5, %6}, [arrivals];\n}" ::
+          "r"(shared_address(to)),
       "r"(shared_address(arrivals)), "r"(rank), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
       : "memory");
 #endif
@@ -138,6 +141,15 @@ SIRE_DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 SIRE_DEVICE uint32_t bits(Bfloat16 x) { return __bfloat16_as_ushort(x); }
 SIRE_DEVICE uint32_t bits(Float16 x) { return __half_as_ushort(x); }
 SIRE_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
+// The bits of two numbers of 16 bits.
+SIRE_DEVICE uint32_t bits_of_two(const float (&x)[2], Bfloat16) {
+  const __nv_bfloat162 two = __floats2bfloat162_rn(x[0], x[1]);
+  return bits(two.y) << 16 | bits(two.x);
+}
+SIRE_DEVICE uint32_t bits_of_two(const float (&x)[2], Float16) {
+  const __half2 two = __floats2half2_rn(x[0], x[1]);
+  return bits(two.y) << 16 | bits(two.x);
+}
 // Rounds to TF32, where it stands: taken out of a loop, the two halves of what stays in registers would not
 // fit there.
 SIRE_DEVICE float to_tf32(float x) {
@@ -145,15 +157,30 @@ SIRE_DEVICE float to_tf32(float x) {
   asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
   return from_bits(rounded);
 }
+// The same in fewer instructions, for the bits of a number that is no NaN.
+SIRE_DEVICE uint32_t finite_to_tf32(uint32_t x) {
+  uint32_t rounded;
+  asm volatile("{\n.reg .b32 sum;\nadd.u32 sum, %1, 0x1000;\nand.b32 %0, sum, 0xffffe000;\n}"
+               : "=r"(rounded)
+               : "r"(x));
+  return rounded;
+}
 
-// Reads the words of b for two tiles of rows, see below, from shared memory. Lane l tells where the four
-// words begin that the lanes of row l % 8 get, of tile l / 16, from word 4 (l / 8 % 2) on. Source: PTX ISA,
-// "ldmatrix".
+// Reads the words of b for one or two tiles of rows, see below, from shared memory. Lane l tells where the
+// four words begin that the lanes of row l % 8 get, of tile l / 16, from word 4 (l / 8 % 2) on. Source: PTX
+// ISA, "ldmatrix".
+template <int kTiles>
 SIRE_DEVICE void load_fragments(uint32_t (&b)[2][2], const uint32_t* words) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
-               : "r"(shared_address(words))
-               : "memory");
+  if constexpr (kTiles == 2)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(b[0][0]), "=r"(b[0][1]), "=r"(b[1][0]), "=r"(b[1][1])
+                 : "r"(shared_address(words))
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(b[0][0]), "=r"(b[0][1])
+                 : "r"(shared_address(words))
+                 : "memory");
 }
 
 // d += a b on the matrix unit of a warp, m16n8k16, or m16n8k8 in TF32: words of 32 bits hold two neighbouring

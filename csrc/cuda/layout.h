@@ -16,6 +16,7 @@ constexpr int kUnits = 16;     // units of a warp
 constexpr int kTileWords = 8;  // 32-bit words of a tile of the sum
 constexpr int kSlots = 8;      // tiles of the sum of which a warp holds weights
 constexpr int kWarps = 8;      // of a block, at most
+constexpr int kAhead = 16;     // steps whose visits are worked out together
 
 // How many factors of a product a word holds.
 template <class E>
@@ -91,12 +92,6 @@ struct BackwardVisit {
   const float* incoming[Cell::states];
 };
 
-// Where an original is in the lists of its variants' ends and starts.
-struct Cursor {
-  int ended, started;
-  int end, start;  // the next ones
-};
-
 // A block's shared memory. Rows of values have 16 bytes more than they need, so that rows start in different
 // banks.
 template <class Cell, class E, bool kBackward>
@@ -111,8 +106,7 @@ struct Shared {
   int buffers;
   int operand_stride, staged_stride, state_stride;  // of rows
   Row* rows;                                        // (kRows)
-  Cursor* cursors;                                  // (kRows)
-  Visit* visits;                                    // (2, kRows)
+  Visit* visits;                                    // (kAhead, kRows)
   Arrivals* arrivals;                               // (2), in a cluster: of each buffer of operands
   float* sums;           // (splits, tiles, kTiles, 2, gates, 2, 32), what warps have summed for others
   float* own;            // (states, kRows, units), states, or their gradients
@@ -134,8 +128,7 @@ struct Shared {
     staged_stride = split.units() + padding;
     state_stride = split.units() + 4;
     take(rows, kRows);
-    take(cursors, kBackward ? kRows : 0);
-    take(visits, 2 * kRows);
+    take(visits, kAhead * kRows);
     take(arrivals, 2);
     take(sums, split.splits > 1 ? split.warps() * Cell::gates * kTiles * 128 : 0);
     take(own, Cell::states * kRows * state_stride);

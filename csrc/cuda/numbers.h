@@ -48,7 +48,10 @@ SIRE_DEVICE void load(float (&to)[2], const V* from) {
 }
 template <class V>
 SIRE_DEVICE void store(V* to, const float (&from)[2]) {
-  *aligned<Two<V>>(to) = {V(from[0]), V(from[1])};
+  if constexpr (sizeof(V) == 2)
+    *aligned<uint32_t>(to) = bits_of_two(from, V());
+  else
+    *aligned<Two<V>>(to) = {from[0], from[1]};
 }
 
 }  // namespace sire_fast::cuda

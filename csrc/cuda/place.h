@@ -75,26 +75,28 @@ struct Place {
           if (unit + e < p.H) rows[k * p.H + e] = V(from[k][e]);
   }
 
-  SIRE_DEVICE auto& visit(int buffer, int row) const { return shared.visits[buffer * kRows + row]; }
+  SIRE_DEVICE auto& visit(int tau, int row) const { return shared.visits[tau % kAhead * kRows + row]; }
   // of this thread's units
   SIRE_DEVICE float* own(int k, int row) const {
-    return shared.own + (k * kRows + row) * shared.state_stride + u;
+    return shared.own + k * (kRows * shared.state_stride) + (row * shared.state_stride + u);
   }
   SIRE_DEVICE float* after(int k, int row) const {
-    return shared.after + (k * kRows + row) * shared.state_stride + u;
+    return shared.after + k * (kRows * shared.state_stride) + (row * shared.state_stride + u);
   }
   // of all units of the block
   SIRE_DEVICE E* staged(int buffer, int field, int row) const {
-    return shared.staged + ((buffer * shared.kStaged + field) * kRows + row) * shared.staged_stride;
+    return shared.staged + (buffer * shared.kStaged + field) * (kRows * shared.staged_stride) +
+           row * shared.staged_stride;
   }
   SIRE_DEVICE float* staged_state(int buffer, int field, int row) const {
-    return shared.staged_states +
-           ((buffer * shared.kStagedStates + field) * kRows + row) * shared.state_stride;
+    return shared.staged_states + (buffer * shared.kStagedStates + field) * (kRows * shared.state_stride) +
+           row * shared.state_stride;
   }
   // factors of a row of a product, for the units of all blocks
   SIRE_DEVICE E* operand(int buffer, int field, int row) const {
     const int at = shared.buffers > 1 ? buffer : 0;
-    return shared.operand + ((at * shared.kOperands + field) * kRows + row) * shared.operand_stride;
+    return shared.operand + (at * shared.kOperands + field) * (kRows * shared.operand_stride) +
+           row * shared.operand_stride;
   }
   SIRE_DEVICE uint4* operand_piece(int buffer, int of_rank, int row, int at) const {
     return aligned<uint4>(operand(buffer, 0, row) + of_rank * split.units() + at);

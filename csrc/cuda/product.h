@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "api.h"
 #include "gpu.h"
@@ -10,23 +11,30 @@
 
 namespace sire_fast::cuda {
 
+struct Tf32 {};        // factors of float32, rounded to TF32
 using Sum = float[4];  // a thread's part of a product: of each of two units two rows
 
-// A thread's words of a factor of a product.
+// A thread's words of a factor of a product, of type E or rounded to TF32.
 template <class E, int N>
 struct Factors {
   const uint32_t (&words)[N];
   SIRE_DEVICE Factors(const uint32_t (&words)[N]) : words(words) {}
 };
-// A float32 is the sum of two TF32 numbers, up to its last bits.
+template <int N>
+struct Factors<Tf32, N> {
+  uint32_t words[N];
+  SIRE_DEVICE Factors(const uint32_t (&of)[N]) {
+    SIRE_EACH (n, N) words[n] = bits(to_tf32(from_bits(of[n])));
+  }
+};
+// A float32 is the sum of two TF32 numbers, up to its last bit: the matrix unit reads no more of the second.
 template <int N>
 struct Factors<float, N> {
   uint32_t words[N], small[N];
   SIRE_DEVICE Factors(const uint32_t (&of)[N]) {
     SIRE_EACH (n, N) {
-      const float rounded = to_tf32(from_bits(of[n]));
-      words[n] = bits(rounded);
-      small[n] = bits(to_tf32(from_bits(of[n]) - rounded));
+      words[n] = finite_to_tf32(of[n]);
+      small[n] = bits(from_bits(of[n]) - from_bits(words[n]));
     }
   }
 };
@@ -35,7 +43,7 @@ struct Factors<float, N> {
 template <class Cell, class E, bool kBackward>
 struct Product : Place<Cell, E, kBackward> {
   using Base = Place<Cell, E, kBackward>;
-  using Base::each_row, Base::lane, Base::operand, Base::p, Base::part, Base::shared, Base::split,
+  using Base::each_row, Base::lane, Base::operand, Base::p, Base::part, Base::rows, Base::shared, Base::split,
       Base::takes, Base::tile, Base::unit;
   static constexpr int G = Cell::gates;
   uint32_t w[G][kSlots][4];
@@ -61,6 +69,28 @@ struct Product : Place<Cell, E, kBackward> {
   // Adds the product of W_hh, or its transpose, with the operands to sums; the whole sum is there for the
   // rows that this thread takes.
   SIRE_DEVICE void multiply(int buffer, Sum (&sums)[kTiles][G]) const {
+    if constexpr (std::is_same_v<E, float>) {
+      if (p.tf32)
+        multiply_part<Tf32>(buffer, sums);
+      else
+        multiply_part<E>(buffer, sums);
+    } else {
+      multiply_part<E>(buffer, sums);
+    }
+    if (split.splits > 1) add_parts(sums);
+  }
+
+  // This warp's part of the sum, with factors of type F, of the tiles of rows that are in use.
+  template <class F>
+  SIRE_DEVICE void multiply_part(int buffer, Sum (&sums)[kTiles][G]) const {
+    if (rows > kTile)
+      multiply_tiles<F, kTiles>(buffer, sums);
+    else
+      multiply_tiles<F, 1>(buffer, sums);
+  }
+
+  template <class F, int kUsed>
+  SIRE_DEVICE void multiply_tiles(int buffer, Sum (&sums)[kTiles][G]) const {
     const auto* words =
         reinterpret_cast<const uint32_t*>(operand(buffer, 0, lane / 16 * kTile + lane % kTile)) +
         part * kSlots * kTileWords + lane / 8 % 2 * 4;
@@ -69,16 +99,19 @@ struct Product : Place<Cell, E, kBackward> {
       if (part * kSlots + slot >= split.sum) break;
       SIRE_EACH (field, shared.kOperands) {
         uint32_t b[kTiles][2];
-        load_fragments(b, words + field * field_words + slot * kTileWords);
-        const Factors<E, 2> of_b[kTiles] = {b[0], b[1]};
+        load_fragments<kUsed>(b, words + field * field_words + slot * kTileWords);
+        const Factors<F, 2> of_b[kTiles] = {b[0], b[1]};
         SIRE_EACH (of_field, G / shared.kOperands) {  // one gate's, or all gates of h
           const int gate = field + of_field;
-          const Factors<E, 4> of_a(w[gate][slot]);
-          SIRE_EACH (n, kTiles) add(sums[n][gate], of_a, of_b[n]);
+          const Factors<F, 4> of_a(w[gate][slot]);
+          SIRE_EACH (n, kUsed) add(sums[n][gate], of_a, of_b[n]);
         }
       }
     }
-    if (split.splits == 1) return;
+  }
+
+  // Adds the parts of the sum, for the rows that this thread takes.
+  SIRE_DEVICE void add_parts(Sum (&sums)[kTiles][G]) const {
     const auto shared_sum = [&](int of, int n, int c, int g, int e) -> float& {
       const int block = ((of * split.tiles + tile) * kTiles + n) * 2 + c;
       return shared.sums[((block * G + g) * 2 + e) * 32 + lane];
@@ -102,10 +135,11 @@ struct Product : Place<Cell, E, kBackward> {
 
   // Adds one tile's product. That of the small parts of float32 is left out; the matrix unit cuts its sums
   // off, so that these begin at 0 in each tile and are added with rounding.
-  SIRE_DEVICE void add(Sum& sum, const Factors<E, 4>& a, const Factors<E, 2>& b) const {
+  template <class F>
+  SIRE_DEVICE static void add(Sum& sum, const Factors<F, 4>& a, const Factors<F, 2>& b) {
     if constexpr (sizeof(E) == 4) {
       Sum of_tile = {};
-      if (!p.tf32) {
+      if constexpr (std::is_same_v<F, float>) {
         mma(of_tile, a.small, b.words, E());
         mma(of_tile, a.words, b.small, E());
       }

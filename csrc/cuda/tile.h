@@ -67,6 +67,17 @@ struct Tile : Product<Cell, E, kBackward> {
     }
   }
 
+  // Calls body(row, tau) for the visits of kAhead steps, that of one of them included: nobody needs those
+  // before any more.
+  template <class F>
+  SIRE_DEVICE void each_visit(int of, F body) const {
+    for (int n = thread(); n < kAhead * kRows; n += threads()) {
+      const int row = n % kRows, tau = of / kAhead * kAhead + n / kRows;
+      if (row < rows && tau <= steps) body(row, tau);
+    }
+    barrier();
+  }
+
   // whether a row is run; in lock step a variant is also run before its swap, where it is its original
   SIRE_DEVICE static bool live(const Row& r) { return r.original || r.moving; }
   SIRE_DEVICE int64_t original_row(const Row& r, int t) const { return int64_t(t) * p.B + r.b; }
