@@ -38,7 +38,7 @@ SIRE_DEVICE void meet(const Place<Cell, E, kBackward>& at) {
 // they `meet`.
 template <class Cell, class E, bool kBackward>
 SIRE_DEVICE void exchange_in_cluster(Place<Cell, E, kBackward>& at, int buffer) {
-  constexpr int kOperands = Shared<Cell, E, kBackward>::kOperands;
+  constexpr int kOperands = Place<Cell, E, kBackward>::kOperands;
   const int blocks = at.p.blocks;
   Arrivals* arrivals = at.shared.arrivals + buffer;
   if (!thread())
@@ -57,7 +57,7 @@ SIRE_DEVICE void exchange_in_cluster(Place<Cell, E, kBackward>& at, int buffer) 
 
 template <class Cell, class E, bool kBackward>
 SIRE_DEVICE void exchange_in_mailbox(Place<Cell, E, kBackward>& at, int buffer) {
-  constexpr int kOperands = Shared<Cell, E, kBackward>::kOperands;
+  constexpr int kOperands = Place<Cell, E, kBackward>::kOperands;
   const int blocks = at.p.blocks, width = blocks * at.split.units();
   E* mailbox = static_cast<E*>(at.p.mailbox) + (at.group * 2 + at.exchanges % 2) * kOperands * kRows * width;
   const auto mailed = [&](int rank, int row, int u) {

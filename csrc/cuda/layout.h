@@ -15,6 +15,7 @@ constexpr int kTiles = kRows / kTile;
 constexpr int kUnits = 16;     // units of a warp
 constexpr int kTileWords = 8;  // 32-bit words of a tile of the sum
 constexpr int kSlots = 8;      // tiles of the sum of which a warp holds weights
+constexpr int kAtOnce = 4;     // of them are multiplied without asking whether the sum has as many
 constexpr int kWarps = 8;      // of a block, at most
 constexpr int kAhead = 16;     // steps whose visits are worked out together
 
@@ -108,11 +109,11 @@ struct Shared {
   Row* rows;                                        // (kRows)
   Visit* visits;                                    // (kAhead, kRows)
   Arrivals* arrivals;                               // (2), in a cluster: of each buffer of operands
-  float* sums;           // (splits, tiles, kTiles, 2, gates, 2, 32), what warps have summed for others
-  float* own;            // (states, kRows, units), states, or their gradients
-  float* after;          // backward: (states, kRows, units), states after the step
-  E* operand;            // (buffers, kOperands, kRows, all units), factors of the product
-  E* staged;             // (2, kStaged, kRows, units), inputs or gates of a step
+  float* sums;   // (splits, tiles, kTiles, 2, gates, 2, 32), what warps have summed for others
+  float* own;    // (states, kRows, units), states, or their gradients
+  float* after;  // backward: (states, kRows, units), states after the step
+  E* operand;    // (buffers, kOperands, kRows, all units), factors of the product, 0 behind those units
+  E* staged;     // (2, kStaged, kRows, units), inputs or gates of a step
   float* staged_states;  // (2, kStagedStates, kRows, units)
   int64_t bytes;
 
@@ -124,7 +125,8 @@ struct Shared {
     };
     const int padding = 16 / int(sizeof(E));
     buffers = mailbox && split.splits > 1 ? 1 : 2;
-    operand_stride = blocks * split.units() + padding;
+    const int sum = ceil_div(split.sum, kAtOnce) * kAtOnce * kTileWords * kFactors<E>;
+    operand_stride = (blocks * split.units() > sum ? blocks * split.units() : sum) + padding;
     staged_stride = split.units() + padding;
     state_stride = split.units() + 4;
     take(rows, kRows);
@@ -137,6 +139,11 @@ struct Shared {
     take(staged, 2 * kStaged * kRows * staged_stride);
     take(staged_states, 2 * kStagedStates * kRows * state_stride);
     bytes = at - memory;
+  }
+
+  // of 16 bytes
+  SIRE_DEVICE int operand_pieces() const {
+    return buffers * kOperands * kRows * operand_stride * int(sizeof(E)) / 16;
   }
 };
 

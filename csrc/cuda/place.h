@@ -15,6 +15,7 @@ namespace sire_fast::cuda {
 // rows.
 template <class Cell, class E, bool kBackward>
 struct Place {
+  static constexpr int kOperands = Shared<Cell, E, kBackward>::kOperands;
   const Pass& p;
   const Split split;
   const Shared<Cell, E, kBackward> shared;

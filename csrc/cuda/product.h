@@ -91,20 +91,29 @@ struct Product : Place<Cell, E, kBackward> {
 
   template <class F, int kUsed>
   SIRE_DEVICE void multiply_tiles(int buffer, Sum (&sums)[kTiles][G]) const {
+    constexpr int kOperands = Base::kOperands;
     const auto* words =
         reinterpret_cast<const uint32_t*>(operand(buffer, 0, lane / 16 * kTile + lane % kTile)) +
         part * kSlots * kTileWords + lane / 8 % 2 * 4;
     const int field_words = kRows * shared.operand_stride / kFactors<E>;
-    SIRE_EACH (slot, kSlots) {
-      if (part * kSlots + slot >= split.sum) break;
-      SIRE_EACH (field, shared.kOperands) {
-        uint32_t b[kTiles][2];
-        load_fragments<kUsed>(b, words + field * field_words + slot * kTileWords);
-        const Factors<F, 2> of_b[kTiles] = {b[0], b[1]};
-        SIRE_EACH (of_field, G / shared.kOperands) {  // one gate's, or all gates of h
-          const int gate = field + of_field;
-          const Factors<F, 4> of_a(w[gate][slot]);
-          SIRE_EACH (n, kUsed) add(sums[n][gate], of_a, of_b[n]);
+    SIRE_EACH (first, kSlots / kAtOnce) {
+      if (part * kSlots + first * kAtOnce >= split.sum) break;
+      uint32_t b[2][kOperands][kTiles][2];  // of a slot, and of the next one
+      const auto load_slot = [&](int n) {
+        SIRE_EACH (field, kOperands)
+          load_fragments<kUsed>(b[n % 2][field],
+                                words + field * field_words + (first * kAtOnce + n) * kTileWords);
+      };
+      load_slot(0);
+      SIRE_EACH (n, kAtOnce) {
+        if (n + 1 < kAtOnce) load_slot(n + 1);
+        SIRE_EACH (field, kOperands) {
+          const Factors<F, 2> of_b[kTiles] = {b[n % 2][field][0], b[n % 2][field][kUsed - 1]};
+          SIRE_EACH (of_field, G / kOperands) {  // one gate's, or all gates of h
+            const int gate = field + of_field;
+            const Factors<F, 4> of_a(w[gate][first * kAtOnce + n]);
+            SIRE_EACH (tile, kUsed) add(sums[tile][gate], of_a, of_b[tile]);
+          }
         }
       }
     }

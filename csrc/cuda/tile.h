@@ -23,6 +23,8 @@ struct Tile : Product<Cell, E, kBackward> {
   int steps;  // of a pass
 
   SIRE_DEVICE explicit Tile(const Pass& p) : Base(p) {
+    auto* operands = reinterpret_cast<uint4*>(shared.operand);
+    for (int n = thread(); n < shared.operand_pieces(); n += threads()) operands[n] = {};
     if (thread() < 2) begin_arrivals(shared.arrivals + thread());
     meet(*this);  // nobody writes to a block that has not begun
   }
