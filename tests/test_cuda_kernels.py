@@ -262,7 +262,7 @@ def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def assert_found(folder: Path, kernel: str, include: str = "gpu_on_host.h") -> None:
+def assert_found(folder: Path, kernel: str, include: str = "gpu_on_host.h", grid: str = "1, 64, 64, 1, false") -> None:
     """That the machine under the kernels throws for one that does something wrong."""
     source = folder / "wrong.cpp"
     source.write_text(
@@ -271,7 +271,7 @@ def assert_found(folder: Path, kernel: str, include: str = "gpu_on_host.h") -> N
         f"void kernel(const int) {{ {kernel} }}\n"
         "int main() {\n"
         "  try {\n"
-        "    for (int n = 0; n < 16; ++n) launch(kernel, {1, 64, 64, 1, false}, 0, 0);\n"
+        f"    for (int n = 0; n < 16; ++n) launch(kernel, {{{grid}}}, 0, 0);\n"
         "  } catch (const std::runtime_error&) { return 7; }\n"
         "}\n"
     )
@@ -329,9 +329,45 @@ def test_what_reads_a_copy_before_it_waits_is_found(tmp_path: Path) -> None:
     assert_found(tmp_path, code)
 
 
+PAIR = "2, 32, 1024, 2, false"  # blocks of a cluster
+BEGIN = (
+    "auto* to = reinterpret_cast<uint4*>(shared_memory()); auto* arrivals = reinterpret_cast<Arrivals*>(to + 32);"
+    "if (!thread()) begin_arrivals(arrivals); cluster_barrier();"
+)
+
+
+def test_what_reads_before_all_has_arrived_is_found(tmp_path: Path) -> None:
+    """What other blocks send may have come or not, until it is waited for."""
+    code = BEGIN + (
+        "static int came; came = 0; send(to + thread(), arrivals, 1 - block(), {1, 1, 1, 1});"
+        "if (!thread()) expect_arrivals(arrivals, 512); cluster_barrier(); came += to[thread()].x == 1;"
+        "wait_for_arrivals(arrivals, 0); if (to[thread()].x != 1) std::abort(); cluster_barrier();"
+        'if (!thread() && came > 0 && came < 64) throw std::runtime_error("both");'
+    )
+    assert_found(tmp_path, code, grid=PAIR)
+
+
+def test_a_phase_that_is_told_twice_is_found(tmp_path: Path) -> None:
+    assert_found(tmp_path, BEGIN + "if (thread() < 2) expect_arrivals(arrivals, 16);", grid=PAIR)
+
+
+def test_a_block_that_ends_before_all_has_arrived_is_found(tmp_path: Path) -> None:
+    assert_found(tmp_path, BEGIN + "send(to + thread(), arrivals, 1 - block(), {});", grid=PAIR)
+
+
 def test_the_first_lane_is_not_always_the_first_to_run(tmp_path: Path) -> None:
     code = 'static int ran; if (ran++ % 64 == 0 && thread() % 32) throw std::runtime_error("another");'
     assert_found(tmp_path, code)
+
+
+def test_weights_may_begin_anywhere() -> None:
+    """Those that are part of one long tensor begin at multiples of their own size only."""
+    arguments = cast(make(Case("gru", 3, 2, 18, 1)), HALF)
+    expected = run("gru", arguments, "cuda")
+    w = arguments["w_hh"].detach()
+    moved = torch.empty(w.numel() + 1, dtype=HALF)[1:].view_as(w).copy_(w)
+    for name, value in run("gru", arguments | {"w_hh": moved.requires_grad_()}, "cuda").items():
+        assert torch.equal(value, expected[name]), name
 
 
 def test_a_nan_stays_one_in_its_sequence() -> None:

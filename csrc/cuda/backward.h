@@ -67,8 +67,9 @@ struct BackwardTile : Tile<Cell, E, true> {
   // Gates of the step before tau, the states before it, and the gradients that come from outside.
   SIRE_DEVICE void fetch_before(int tau) const {
     const int buffer = (tau + 1) % 2;
-    this->template fetch<KEPT>(staged(buffer, 0, 0), shared.staged_stride,
-                               [&](int row) { return visit(tau, row).gates; });
+    if constexpr (KEPT > 0)
+      this->template fetch<KEPT>(staged(buffer, 0, 0), shared.staged_stride,
+                                 [&](int row) { return visit(tau, row).gates; });
     SIRE_EACH (k, STATES) {
       this->template fetch<1>(staged_state(buffer, k, 0), shared.state_stride,
                               [&](int row) { return visit(tau, row).before[k]; });

@@ -142,26 +142,26 @@ struct Place {
       const auto address = reinterpret_cast<uintptr_t>(from) | p.H * sizeof(V);
       if (address % 16 == 0 && there >= kPiece) {
         SIRE_EACH (field, kFields) copy_async<16>(piece + field * field_size, from + field * p.H);
-      } else {
+      } else if (sizeof(V) == 4 || address % 4 == 0) {
         SIRE_ROLLED
-        for (int field = 0; field < kFields; ++field, piece += field_size, from += p.H)
-          address % 4 == 0 ? fetch_words<4>(piece, from, there)
-                           : fetch_words<int(sizeof(V))>(piece, from, there);
+        for (int field = 0; field < kFields; ++field) {
+          constexpr int kWord = 4 / int(sizeof(V));
+          for (int n = 0; n < kPiece; n += kWord) {
+            V* word = piece + field * field_size + n;
+            if (n < there)
+              copy_async<4>(word, from + field * p.H + n);
+            else
+              *aligned<uint32_t>(word) = 0;
+          }
+        }
+      } else {
+        V values[kFields][kPiece];  // all on their way at once
+        SIRE_EACH (field, kFields)
+          SIRE_EACH (n, kPiece) values[field][n] = n < there ? from[field * p.H + n] : V(0.0f);
+        SIRE_EACH (field, kFields)
+          SIRE_EACH (n, kPiece) piece[field * field_size + n] = values[field][n];
       }
     });
-  }
-
-  // A piece of so many values, and zeros behind them.
-  template <int kBytes, class V>
-  SIRE_DEVICE static void fetch_words(V* to, const V* from, int there) {
-    constexpr int kWord = kBytes / int(sizeof(V));
-    for (int n = 0; n < 16 / int(sizeof(V)); n += kWord)
-      if (n >= there)
-        for (int k = n; k < n + kWord; ++k) to[k] = V(0.0f);
-      else if constexpr (kBytes >= 4)
-        copy_async<kBytes>(to + n, from + n);
-      else
-        to[n] = from[n];
   }
 };
 

@@ -51,19 +51,26 @@ struct Product : Place<Cell, E, kBackward> {
   SIRE_DEVICE explicit Product(const Pass& p) : Base(p) {
     SIRE_EACH (g, G)
       SIRE_EACH (slot, kSlots)
-        SIRE_EACH (r, 4) w[g][slot][r] = weight(g, slot, r);
+        SIRE_EACH (half, 2) {
+          const int k = ((part * kSlots + slot) * kTileWords + lane % 4 + half * 4) * kFactors<E>;
+          SIRE_EACH (e, 2) {  // of units `unit` and `unit + 1`
+            uint32_t& word = w[g][slot][2 * half + e];
+            if (!kBackward)
+              word = weights(g, unit + e, k);
+            else if (kFactors<E> == 1)
+              word = weights(g, k, unit + e);
+            else
+              word = (weights(g, k, unit) >> 16 * e & 0xffff) | weights(g, k + 1, unit) >> 16 * e << 16;
+          }
+        }
   }
 
-  SIRE_DEVICE uint32_t weight(int g, int slot, int r) const {
-    const int first = ((part * kSlots + slot) * kTileWords + lane % 4 + r / 2 * 4) * kFactors<E>;
-    const auto* w_hh = static_cast<const E*>(p.w_hh) + int64_t(g) * p.H * p.H;
-    uint32_t word = 0;
-    SIRE_EACH (n, kFactors<E>) {
-      const int k = first + n, of = unit + r % 2;
-      const int64_t at = kBackward ? int64_t(k) * p.H + of : int64_t(of) * p.H + k;
-      if (of < p.H && k < p.H) word |= bits(w_hh[at]) << 16 * n;
-    }
-    return word;
+  // A word of a gate's row of W_hh from a column on, 0 where it ends.
+  SIRE_DEVICE uint32_t weights(int g, int row, int column) const {
+    if (row >= p.H || column >= p.H) return 0;
+    const auto* at = static_cast<const E*>(p.w_hh) + (int64_t(g) * p.H + row) * p.H + column;
+    if ((reinterpret_cast<uintptr_t>(p.w_hh) | p.H * sizeof(E)) % 4 == 0) return *aligned<const uint32_t>(at);
+    return bits(at[0]) | (column + 1 < p.H ? bits(at[1]) << 16 : 0);
   }
 
   // Adds the product of W_hh, or its transpose, with the operands to sums; the whole sum is there for the
