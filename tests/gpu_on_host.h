@@ -375,7 +375,7 @@ void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
 // The matrix unit reads 10 bits behind the point, and cuts its sums off to float32.
 inline float to_tf32(float x) { return std::isnan(x) ? x : from_bits((bits(x) + 0x1000) & 0xffffe000); }
 
-inline uint32_t finite_to_tf32(uint32_t x) { return (x + 0x1000) & 0xffffe000; }
+inline uint32_t bits_to_tf32(uint32_t x) { return (x + 0x1000) & 0xffffe000; }
 
 inline double dot(uint32_t a, uint32_t b, float) {
   return double(from_bits(a & 0xffffe000)) * double(from_bits(b & 0xffffe000));

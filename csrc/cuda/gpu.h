@@ -157,8 +157,8 @@ SIRE_DEVICE float to_tf32(float x) {
   asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
   return from_bits(rounded);
 }
-// The same in fewer instructions, for the bits of a number that is no NaN.
-SIRE_DEVICE uint32_t finite_to_tf32(uint32_t x) {
+// The same of bits, in fewer instructions: a NaN may become 0, what it is more than that stays one.
+SIRE_DEVICE uint32_t bits_to_tf32(uint32_t x) {
   uint32_t rounded;
   asm volatile("{\n.reg .b32 sum;\nadd.u32 sum, %1, 0x1000;\nand.b32 %0, sum, 0xffffe000;\n}"
                : "=r"(rounded)

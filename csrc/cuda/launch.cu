@@ -3,7 +3,8 @@
 // A warp has 16 units, all of their gates, and of the sum over h up to kSlots tiles; where H is larger,
 // several warps share the units, and several blocks, a group, the tile. The gates of a unit for a row meet in
 // one thread, which takes the cell's step for it: the only exchange in a step is that of the new states
-// (backward: of the gates' gradients) between the blocks of the group. One barrier of the group a step.
+// (backward: of the gates' gradients) between the blocks of the group: one barrier of the block a step, and
+// what the others have sent.
 //
 // Here is what starts them, for each cell and dtype on a grid of its size; this file alone is compiled. To
 // read: layout.h, place.h, product.h, group.h, tile.h, forward.h, backward.h, gather.h.

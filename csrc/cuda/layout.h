@@ -109,7 +109,7 @@ struct Shared {
   Row* rows;                                        // (kRows)
   Visit* visits;                                    // (kAhead, kRows)
   Arrivals* arrivals;                               // (2), in a cluster: of each buffer of operands
-  float* sums;   // (splits, tiles, kTiles, 2, gates, 2, 32), what warps have summed for others
+  float* sums;   // (splits, tiles, kTiles, 2, gates, 32, 2), what warps have summed for others
   float* own;    // (states, kRows, units), states, or their gradients
   float* after;  // backward: (states, kRows, units), states after the step
   E* operand;    // (buffers, kOperands, kRows, all units), factors of the product, 0 behind those units

@@ -11,20 +11,20 @@
 
 namespace sire_fast::cuda {
 
-struct Tf32 {};        // factors of float32, rounded to TF32
+struct Tf32 {};  // factors of float32 that are rounded: weights when they are loaded, operands in the product
 using Sum = float[4];  // a thread's part of a product: of each of two units two rows
 
-// A thread's words of a factor of a product, of type E or rounded to TF32.
+// A thread's words of a factor of a product: 4 of weights, or 2 of an operand.
 template <class E, int N>
 struct Factors {
   const uint32_t (&words)[N];
   SIRE_DEVICE Factors(const uint32_t (&words)[N]) : words(words) {}
 };
-template <int N>
-struct Factors<Tf32, N> {
-  uint32_t words[N];
-  SIRE_DEVICE Factors(const uint32_t (&of)[N]) {
-    SIRE_EACH (n, N) words[n] = bits(to_tf32(from_bits(of[n])));
+template <>
+struct Factors<Tf32, 2> {
+  uint32_t words[2];
+  SIRE_DEVICE Factors(const uint32_t (&of)[2]) {
+    SIRE_EACH (n, 2) words[n] = bits(to_tf32(from_bits(of[n])));
   }
 };
 // A float32 is the sum of two TF32 numbers, up to its last bit: the matrix unit reads no more of the second.
@@ -33,7 +33,7 @@ struct Factors<float, N> {
   uint32_t words[N], small[N];
   SIRE_DEVICE Factors(const uint32_t (&of)[N]) {
     SIRE_EACH (n, N) {
-      words[n] = finite_to_tf32(of[n]);
+      words[n] = bits_to_tf32(of[n]);
       small[n] = bits(from_bits(of[n]) - from_bits(words[n]));
     }
   }
@@ -61,6 +61,8 @@ struct Product : Place<Cell, E, kBackward> {
               word = weights(g, k, unit + e);
             else
               word = (weights(g, k, unit) >> 16 * e & 0xffff) | weights(g, k + 1, unit) >> 16 * e << 16;
+            if constexpr (sizeof(E) == 4)
+              if (p.tf32) word = bits(to_tf32(from_bits(word)));
           }
         }
   }
@@ -128,22 +130,24 @@ struct Product : Place<Cell, E, kBackward> {
 
   // Adds the parts of the sum, for the rows that this thread takes.
   SIRE_DEVICE void add_parts(Sum (&sums)[kTiles][G]) const {
-    const auto shared_sum = [&](int of, int n, int c, int g, int e) -> float& {
+    const auto shared_sums = [&](int of, int n, int c, int g) {
       const int block = ((of * split.tiles + tile) * kTiles + n) * 2 + c;
-      return shared.sums[((block * G + g) * 2 + e) * 32 + lane];
+      return shared.sums + ((block * G + g) * 32 + lane) * 2;
     };
     SIRE_EACH (n, kTiles)
       SIRE_EACH (c, 2)
-        if (!takes(n, c))
-          SIRE_EACH (g, G)
-            SIRE_EACH (e, 2) shared_sum(part, n, c, g, e) = sums[n][g][c + 2 * e];
+        if (!takes(n, c) && n * kTile < rows)
+          SIRE_EACH (g, G) store(shared_sums(part, n, c, g), {sums[n][g][c], sums[n][g][c + 2]});
     barrier();
     each_row([&](int n, int c, int) {
       float total[G][2] = {};
       SIRE_ROLLED
       for (int of = 0; of < split.splits; ++of)  // in this order for all rows
-        SIRE_EACH (g, G)
-          SIRE_EACH (e, 2) total[g][e] += of == part ? sums[n][g][c + 2 * e] : shared_sum(of, n, c, g, e);
+        SIRE_EACH (g, G) {
+          float added[2] = {sums[n][g][c], sums[n][g][c + 2]};
+          if (of != part) load(added, shared_sums(of, n, c, g));
+          SIRE_EACH (e, 2) total[g][e] += added[e];
+        }
       SIRE_EACH (g, G)
         SIRE_EACH (e, 2) sums[n][g][c + 2 * e] = total[g][e];
     });
