@@ -143,7 +143,7 @@ struct ForwardTile : Tile<Cell, E, false> {
         this->set_rows(pass);
         begin();
         for (int tau = 0; tau < this->steps; ++tau) step(tau, bias);
-        meet(*this);
+        meet(*this);  // all blocks' states are there
         finish();
       }
     });

@@ -18,7 +18,7 @@ SIRE_DEVICE void group_barrier(uint32_t* arrived, int rank, int blocks, uint32_t
   barrier();
 }
 
-// Calls body(peer) for every so manieth of the other blocks of the group, from the first behind this one on.
+// Calls body(peer) for every `step`th of the other blocks of the group, from the first behind this one on.
 template <class Cell, class E, bool kBackward, class F>
 SIRE_DEVICE void each_peer(const Place<Cell, E, kBackward>& at, int first, int step, F body) {
   const int blocks = at.p.blocks;
@@ -63,7 +63,7 @@ SIRE_DEVICE void exchange_in_mailbox(Place<Cell, E, kBackward>& at, int buffer) 
   const auto mailed = [&](int rank, int row, int u) {
     return aligned<uint4>(mailbox + row * width + rank * at.split.units() + u);
   };
-  at.template each_piece<E>(at.rows, [&](int row, int u) {
+  at.template each_piece<E>([&](int row, int u) {
     SIRE_EACH (k, kOperands)
       *mailed(at.rank, k * kRows + row, u) = *at.operand_piece(buffer, at.rank, k * kRows + row, u);
   });

@@ -103,15 +103,15 @@ struct Place {
     return aligned<uint4>(operand(buffer, 0, row) + of_rank * split.units() + at);
   }
 
-  // Calls body(row, u) for the pieces of 16 bytes of so many rows of this block's units: those from u on.
+  // Calls body(row, u) for the pieces of 16 bytes of this block's units in the rows in use: those from u on.
   template <class V, class F>
-  SIRE_DEVICE void each_piece(int rows, F body) const {
+  SIRE_DEVICE void each_piece(F body) const {
     const int bits = piece_bits<V>(), at = piece<V>();
     if (at < split.units())
       for (int row = thread() >> bits; row < rows; row += threads() >> bits) body(row, at);
   }
-  // Calls body(row, u, first, step) for them, of the rows in use: where threads are left, each of them has
-  // every so manieth of the other blocks of the group from the first on.
+  // Calls body(row, u, first, step) for them: where threads are left, several share a piece, and each has
+  // every `step`th of the other blocks of the group, from the first on.
   template <class V, class F>
   SIRE_DEVICE void each_shared_piece(F body) const {
     const int turn = thread() >> piece_bits<V>(), turns = threads() >> piece_bits<V>(), at = piece<V>();
@@ -133,7 +133,7 @@ struct Place {
   template <int kFields, class V, class Source>
   SIRE_DEVICE void fetch(V* to, int stride, Source source) const {
     constexpr int kPiece = 16 / int(sizeof(V));
-    each_piece<V>(rows, [&](int row, int at) {
+    each_piece<V>([&](int row, int at) {
       const V* from = source(row);
       if (!from) return;
       from += unit0 + at;
