@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 
 import sire_fast
@@ -166,9 +167,10 @@ def test_where_nothing_can_be_remembered_it_is_tried_in_every_process(kernel, tm
         assert kernel.calls == calls
 
 
-@pytest.mark.parametrize("around", [torch.inference_mode, lambda: torch.autocast("cpu"), torch.no_grad], ids=str)
+@pytest.mark.parametrize("around", ["inference_mode", "no_grad", "autocast", "fake"])
 def test_no_mode_of_the_caller_reaches_it(kernel, around):
-    with around():
+    modes = {"autocast": lambda: torch.autocast("cpu"), "fake": FakeTensorMode}
+    with (modes.get(around) or getattr(torch, around))():
         assert backends.choose("auto", **CALL) == "triton"
     assert kernel.calls == 1
 
