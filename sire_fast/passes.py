@@ -6,7 +6,7 @@ Sequences are (T, B, I), states (layers * directions, B, H) for h and, for an LS
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class Network(NamedTuple):
         return len(self.weights[0])
 
     @property
-    def call(self) -> dict[str, object]:
+    def call(self) -> dict[str, Any]:
         """What sire_fast.backends asks of a call."""
         w_hh = self.weights[0][0][1]
         return {"cell": self.cell, "dtype": w_hh.dtype, "device": w_hh.device, "hidden_size": _hidden_size(self)}
@@ -337,7 +337,8 @@ def _comparison(runs: list[SwapRNN], stops: list[Tensor]) -> Compared:
     )
     base, *cells = (torch.cat(each, -1).transpose(0, 1) for each in compared)
     variants = torch.cat([run.variants for run in runs], -1)
-    variant_cells = torch.cat([run.variant_cells for run in runs], -1) if cells else None
+    ended = [run.variant_cells for run in runs if run.variant_cells is not None]
+    variant_cells = torch.cat(ended, -1) if ended else None
     penalty = runs[0].penalty + runs[1].penalty
     return Compared(penalty, base, _numbered(variants), variants, cells[0] if cells else None, variant_cells)
 

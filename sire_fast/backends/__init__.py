@@ -109,7 +109,7 @@ def choose(backend: str, **call: Any) -> str:
         if fastest in KERNELS and not why_not(fastest, **call):
             return fastest
         return next(name for name in BACKENDS if name not in UNPROVEN and not why_not(name, **call))
-    named = _forced if backend == "auto" else backend
+    named = _forced if _forced and backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:
         raise NotImplementedError("; ".join(reasons))
