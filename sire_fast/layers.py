@@ -101,7 +101,7 @@ class _SwapLayer(nn.RNNBase):
     def backend(self) -> str:
         """What runs this layer in training with swaps: one of sire_fast.backends.BACKENDS, or "torch" for torch's own
         layer."""
-        return "torch" if self.why_not_fused() else backends.choose("auto", **self._network.call)
+        return "torch" if self.why_not_fused() else backends.choose("auto", **self._network.call())
 
     @property
     def _network(self) -> Network:

@@ -269,8 +269,9 @@ class Ledger:
         if self.joins:  # as a result of the graph the note cannot be put off until the backward
             kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
         else:
-            kept = compared._replace(penalty=torch.ops.sire_fast.turn(compared.penalty, self.key))
-        self.traced = (kept,) if _first_in_trace(self) else (*self.traced, kept)
+            penalty, *others = compared
+            kept = Compared(torch.ops.sire_fast.turn(penalty, self.key), *others)
+        self.traced = (kept,) if _first_in_trace(self.key) else (*self.traced, kept)
         return output, tuple(last)
 
     def turn(self) -> None:
@@ -517,11 +518,11 @@ torch.library.register_autograd("sire_fast::turn", lambda ctx, gradient: (gradie
 _traces: weakref.WeakKeyDictionary[TracingContext, set[int]] = weakref.WeakKeyDictionary()
 
 
-def _first_in_trace(ledger: Ledger) -> bool:
+def _first_in_trace(ledger: int) -> bool:
     """Whether this is the first pass of a layer in the function that is being compiled; asked once, while it is."""
     seen = _traces.setdefault(TracingContext.get(), set())
-    first = ledger.key not in seen
-    seen.add(ledger.key)
+    first = ledger not in seen
+    seen.add(ledger)
     return first
 
 
