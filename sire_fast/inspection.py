@@ -160,7 +160,7 @@ def inspect(
     inside = position < given[:, None]  # (B, T)
     ends = Blocks(1, boundaries)._edges(given)[:, 1:]
     block = (position[:, None] >= ends[:, None]).sum(-1)  # (B, T); what lies beyond the length is a block of its own
-    with _evaluating(model, through):
+    with evaluating(model, through):
         searched = orders + (steps - 1) ** 2
         total = searched + steps * (steps - 1) // 2
         changes = _Changes(model, sequences, lengths, batch_first, through, rows, report, total)
@@ -324,7 +324,7 @@ def _check(model: Any, x: Tensor, lengths: Tensor | None, batch_first: bool, ord
 
 
 @contextmanager
-def _evaluating(*parts: object) -> Iterator[None]:
+def evaluating(*parts: object) -> Iterator[None]:
     """Modules, and all inside them, in evaluation mode until the block ends."""
     roots = [part for part in parts if isinstance(part, nn.Module)]
     modes = [(module, module.training) for root in roots for module in root.modules()]

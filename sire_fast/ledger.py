@@ -269,8 +269,8 @@ class Ledger:
         if self.joins:  # as a result of the graph the note cannot be put off until the backward
             kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
         else:
-            penalty, *others = compared
-            kept = Compared(torch.ops.sire_fast.turn(penalty, self.key), *others)
+            others: Any = compared[1:]
+            kept = Compared(torch.ops.sire_fast.turn(compared.penalty, self.key), *others)
         self.traced = (kept,) if _first_in_trace(self.key) else (*self.traced, kept)
         return output, tuple(last)
 

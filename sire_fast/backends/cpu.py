@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def slower_than_torch(*, cell: str, dtype: torch.dtype, hidden_size: int, batch:
 def instruction_set() -> str:
     """Instruction set that the kernels run with on this machine: "avx512bf16", "avx512", "avx2" or "baseline"."""
     return _C.instruction_set().lower()
+
+
+def files() -> list[Path]:
+    return [Path(_C.__file__)]
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +136,10 @@ def at_once(cell: str, dtype: str, hidden: int, of: Group, chip: Chip) -> int:
         return most
     with torch.cuda.device(_index(chip.device) if chip.device.type == "cuda" else -1):
         return min(most, _cuda.clusters(cell, dtype, hidden, of.blocks))
+
+
+def files() -> list[Path]:
+    return [Path(_cuda.__file__)]
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

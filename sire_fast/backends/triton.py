@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,6 +50,12 @@ def slower_than_torch(*, cell: str, dtype: torch.dtype, hidden_size: int) -> lis
     if size <= _STREAMED:
         return []
     return [f"triton: W_hh of {size >> 10} KiB streams through the cache at every step; cuDNN is expected to be faster"]
+
+
+def files() -> list[Path]:
+    from sire_fast import kernels
+
+    return sorted(Path(next(iter(kernels.__path__))).glob("*.py"))
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

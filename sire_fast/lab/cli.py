@@ -1,10 +1,11 @@
-"""The command line: train, eval, inspect, bench, reproduce, doctor, demo.
+"""The command line: train, eval, inspect, bench, reproduce, doctor, check, demo.
 
 Bad input ends with a line on stderr and exit code 2; --debug before the command shows where an error came from.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from rich.table import Column, Table
 from torch import distributed
 
 import sire_fast
-from sire_fast import backends
+from sire_fast import backends, proof
 from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
@@ -37,12 +38,13 @@ from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import INSPECTED, Config, Run, by_first, claim, evaluate, of_all, write
+from sire_fast.lab.train import INSPECTED, Config, Run, by_first, check_device, claim, evaluate, of_all, write
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
 _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
 _PICTURE = "demo.png"
+_CHECKED = ("float32", "bfloat16", "float16")  # dtypes
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
@@ -341,11 +343,42 @@ def doctor() -> None:
                 )
                 name = str(dtype).removeprefix("torch.")
                 told = "; ".join(reasons) or "serves"
-                if backend in backends.UNPROVEN:
-                    told += "; not yet run on a GPU, used where it is named"
+                if told == "serves" and backend in backends.PROVEN_BY_USE:
+                    told += ", once a small case was right on this card"
                 table.add_row(f"backend {backend}", f"{device}, {name}: {told}")
     table.add_row("layers", cpu.SLOWER_THAN_TORCH)
     _console.print(table)
+
+
+@app.command("check")
+def check_command(
+    device: Annotated[
+        str | None, typer.Option(help="As torch names it.", show_default="a GPU where there is one")
+    ] = None,
+    cells: Annotated[list[str], typer.Option("--cell", help=f"Of {', '.join(CELLS)}.")] = [*CELLS],  # noqa: B006
+    dtypes: Annotated[list[str], typer.Option("--dtype", help=f"Of {', '.join(_CHECKED)}.")] = [*_CHECKED],  # noqa: B006
+    sizes: Annotated[list[int], typer.Option("--H", help="Units.")] = [7, 64, 100, 128],  # noqa: B006
+) -> None:
+    """Hold every kernel that serves a device against plain PyTorch in float64; exit code 1 if one is wrong.
+
+    Options may be given several times. sire_fast.check(model, x) does it for the layers of a model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _bad_input():
+        for name, values, known in (("cell", cells, CELLS), ("dtype", dtypes, _CHECKED)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if min(sizes) < 1:
+            raise ValueError(f"H: expected at least 1, got {min(sizes)}")
+        check_device(device)
+    calls = [*itertools.product(backends.KERNELS, cells, [getattr(torch, name) for name in dtypes])]
+    with Progress(console=_console, transient=True) as progress:
+        tracked = progress.track(calls, description="check")
+        report = proof.Report([proof.check_kernel(*call, device, sizes) for call in tracked], proof.environment(device))
+    print(report)  # for a bug report: on a console it would be wrapped
+    if not report.right:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -104,15 +104,20 @@ class Config:
         if self.swaps is None:
             object.__setattr__(self, "swaps", TASKS[self.task].swaps)
         self.sampler()
-        try:
-            torch.zeros((), device=self.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device: {self.device!r} cannot be used: {reason}") from None
+        check_device(self.device)
 
     def sampler(self) -> Sampler | None:
         """Of the swaps, None for none."""
         return schedules.parse(self.swaps or "none")
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError unless torch can compute there."""
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
 
 
 class Model(nn.Module):
