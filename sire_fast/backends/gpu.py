@@ -54,13 +54,14 @@ class Plan(NamedTuple):
 def plan(T: int, B: int, K: int, S: int, rows: int, tiles: int) -> Plan:
     """The fewest steps behind each other where `tiles` run at once; among equals the smallest tiles."""
 
-    def steps(candidate: Plan) -> int:
-        N, V = candidate
-        waves = _ceil_div(B, N * tiles)
-        return waves * (T + _ceil_div(N * (K - V), rows) * S)
-
     candidates = [Plan(N, V) for N in range(1, min(rows, B) + 1) for V in sorted({0, min(K, rows // N - 1)})]
-    return min(candidates, key=steps)
+    return min(candidates, key=functools.partial(steps, T, B, K, S, rows, tiles))
+
+
+def steps(T: int, B: int, K: int, S: int, rows: int, tiles: int, plan: Plan) -> int:
+    """Behind each other, of a plan."""
+    waves = _ceil_div(B, plan.sequences * tiles)
+    return waves * (T + _ceil_div(plan.sequences * (K - plan.in_step), rows) * S)
 
 
 def _ceil_div(a: int, b: int) -> int:
