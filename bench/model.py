@@ -30,15 +30,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
-
 from bench import aot
 from bench.gpu import work
+from bench.machine_code import Code, Instruction, Trips, disassembled
 from sire_fast.backends import cuda, gpu
 from sire_fast.cells import CELLS
 from sire_fast.kernels.launch import SHARED_MEMORY
@@ -95,7 +94,7 @@ PEERS = (
 SETTING = Setting(
     "GRU", 1000, 64, 128, 128, "uniform:8", "end", "bfloat16"
 )  # what is called, with other cells and sizes
-DIRECTIONS = ("forward", "backward")
+BACKENDS, DIRECTIONS = ("triton", "cuda"), ("forward", "backward")
 NVCC = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) or "nvcc"
 
 
@@ -130,163 +129,6 @@ def kind(op: str, chip: Chip) -> Kind:
     if re.match(r"FADD|FMUL|FFMA|HFMA2|HADD2|HMUL2|IMAD", op):
         return Kind("float32", 2 if op.startswith("IMAD") else chip.float32, 4)
     return Kind("integers", 2, 5) if not re.match(r"U|S2|LDC|R2UR", op) else Kind("", 0, 10)
-
-
-Trips = Callable[[int, bool], "int | None"]  # depth in the loop over time, holds matrix instructions -> how often
-
-
-class Instruction(NamedTuple):
-    """Attributes:
-    op: with all its suffixes.
-    reads, writes: registers and predicates.
-    target: address to which it may jump.
-    goes_on: whether the next instruction may follow.
-    constant: its last one.
-    """
-
-    address: int
-    op: str
-    reads: frozenset[str]
-    writes: frozenset[str]
-    target: int | None
-    goes_on: bool
-    constant: int | None
-
-
-def disassembled(cubin: str | Path) -> dict[str, list[Instruction]]:
-    """Name of a function -> its machine code."""
-    command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(cubin)]
-    return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def parse(sass: str) -> dict[str, list[Instruction]]:
-    functions = {}
-    for function in re.split(r"Function : ", sass)[1:]:
-        lines = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@(!?U?P\w+) +)?([A-Z][\w.]*) *(.*?) *;", function)
-        functions[function.split()[0]] = [_instruction(int(a, 16), guard, op, told) for a, guard, op, told in lines]
-    return functions
-
-
-def _instruction(address: int, guard: str, op: str, told: str) -> Instruction:
-    if guard in ("!PT", "!UPT"):  # never executed
-        guard, op, told = "", "NOP", ""
-    operands = re.split(r", *(?![^\[]*\])", told)
-    written = 0  # of the operands: predicates, and the register behind them with more predicates
-    if not re.match(r"ST|RED|BRA|BAR|LDGSTS|LDGDEPBAR|DEPBAR|MEMBAR|EXIT|BSSY|BSYNC|SYNCS|UCGABAR", op):
-        kinds = "".join("p" if re.fullmatch(r"!?U?P[T\d]", operand) else "r" for operand in operands)
-        written = re.match(r"p*" if re.search(r"SETP|PLOP3", op) else r"p*rp*", kinds + "r").end()
-    wide = 4 if re.search(r"128|MMA|M88\.4", op) else 2 if re.search(r"\.64|WIDE|CS2R$|M88\.2", op) else 1
-    reads, writes = {guard.lstrip("!")} - {""}, set()
-    for n, operand in enumerate(operands):
-        for name, number, pair in re.findall(r"\b(U?[RP])(\d+)(\.64)?", operand):
-            data = name in ("R", "UR") and (n < written or "MMA" in op or (op.startswith("ST") and n == 1))
-            width = (2 if "MMA" in op and n == 2 else wide) if data else 2 if pair else 1
-            (writes if n < written else reads).update(f"{name}{int(number) + k}" for k in range(width))
-    jumps = op.startswith("BRA")
-    numbers = [int(number, 16) for number in re.findall(r"(?<!\[)\b0x([0-9a-f]+)", told)]
-    always = op.startswith(("BRA", "EXIT")) and not guard and not re.search(r"P\d", told)
-    return Instruction(
-        address, op, frozenset(reads), frozenset(writes), numbers[-1] if jumps else None, not always,
-        numbers[-1] if numbers else None,
-    )  # fmt: skip
-
-
-class Loop(NamedTuple):
-    head: int
-    body: frozenset[int]
-
-
-class Code:
-    """The control flow of a function, by the positions of its instructions."""
-
-    def __init__(self, instructions: Sequence[Instruction]) -> None:
-        self.instructions = instructions
-        at = {instruction.address: n for n, instruction in enumerate(instructions)}
-        self.next = [[n + 1] * i.goes_on + [at[t] for t in [i.target] if t in at] for n, i in enumerate(instructions)]
-        before: list[list[int]] = [[] for _ in range(len(instructions) + 1)]
-        for n, follows in enumerate(self.next):
-            for m in follows:
-                before[m].append(n)
-        bodies: dict[int, set[int]] = {}
-        for n, head in ((n, m) for n, follows in enumerate(self.next) for m in follows if m <= n):
-            body, todo = {head}, [n]
-            while todo:
-                m = todo.pop()
-                if m not in body:
-                    body.add(m)
-                    todo += before[m]
-            if 0 not in body:  # else the jump goes back to where others have been already
-                bodies.setdefault(head, set()).update(body)
-        self.loops = sorted((Loop(h, frozenset(b)) for h, b in bodies.items()), key=lambda loop: len(loop.body))
-
-    def has_matrix(self, loop: Loop) -> bool:
-        return any("MMA" in self.instructions[n].op for n in loop.body)
-
-    def step(self, streamed: bool, trips: Trips) -> list[Instruction]:
-        """What a warp executes in one repetition of the loop over time, in this order."""
-        time = [loop for loop in self.loops if self.has_matrix(loop)][2 if streamed else 0]
-        inner = [loop for loop in self.loops if loop.body < time.body]
-        around = {loop.head: [other for other in inner if loop.body <= other.body] for loop in inner}
-        told = {loop.head: trips(len(around[loop.head]), self.has_matrix(loop)) for loop in inner}
-        times = {loop.head: self._counted(loop) if told[loop.head] is None else told[loop.head] for loop in inner}
-        worth = {n: self._worth(n) for n in time.body}
-        for loop in inner:
-            worth[loop.head] += 1e6 * bool(told[loop.head])
-            if not times[loop.head]:
-                worth |= dict.fromkeys(loop.body, -1e3)
-        best = self._longest(time, inner, worth)
-
-        trace, left, at = [], dict(times), time.head
-        while at is not None:
-            trace.append(self.instructions[at])
-            back = [loop for loop in inner if loop.head in self.next[at] and at in loop.body and left[loop.head] > 1]
-            if back:
-                left |= {loop.head: times[loop.head] for loop in inner if loop.body < back[0].body}
-                left[back[0].head] -= 1
-            at = back[0].head if back else best[at]
-        return trace
-
-    def _worth(self, n: int) -> float:
-        """Pieces of 16 bytes are fetched ahead; other loads from global memory make somebody wait."""
-        if not re.match(r"LDG?\.|LDGSTS", self.instructions[n].op):
-            return 1
-        return 1e3 if re.match(r"LDGSTS.*128", self.instructions[n].op) else -1e3
-
-    def _counted(self, loop: Loop) -> int:
-        """How often a loop runs that counts up to a constant by a constant; else once."""
-        last = max(n for n in loop.body if loop.head in self.next[n])
-        body = [self.instructions[n] for n in sorted(loop.body) if n <= last]
-        test = next((i for i in reversed(body) if "ISETP" in i.op and i.writes & body[-1].reads), None)
-        for step in body if test and test.constant else ():
-            if re.match(r"VIADD|IADD3", step.op) and step.constant and step.writes & step.reads & test.reads:
-                return -(-test.constant // step.constant)
-        return 1
-
-    def _longest(self, time: Loop, inner: Sequence[Loop], worth: dict[int, float]) -> dict[int, int | None]:
-        """Where to go on from each instruction, so that the way to the end of the step is worth the most; loops are
-        not repeated."""
-        ways: dict[int, list[int]] = {}
-        for n in time.body:
-            loops = [loop for loop in (*inner, time) if loop.head in self.next[n]]
-            back = {loop.head: loop for loop in loops if n in loop.body}
-            ways[n] = [m for m in self.next[n] if m in time.body and m not in back]
-            for loop in back.values() if not ways[n] else ():
-                ways[n] += [m for k in loop.body for m in self.next[k] if m in time.body - loop.body]
-        total: dict[int, float] = {}
-        best: dict[int, int | None] = {}
-        todo = [time.head]
-        while todo:
-            n = todo[-1]
-            missing = [m for m in ways[n] if m not in total]
-            if missing:
-                todo += missing
-                continue
-            todo.pop()
-            best[n] = max(ways[n], key=total.__getitem__, default=None)
-            ends = time.head in self.next[n]
-            total[n] = worth[n] + (0 if ends else total[best[n]] if ways[n] else -1e9)
-            best[n] = None if ends else best[n]
-        return best
 
 
 @dataclass
@@ -395,6 +237,7 @@ class Size(NamedTuple):
     cell: str
     dtype: str
     hidden: int
+    backend: str
 
 
 def of_triton(size: Size) -> Predicted:
@@ -450,7 +293,7 @@ SIRE_KERNEL(32 * kWarps) backward(const Backward call) {{
 
 def of_cuda(size: Size) -> Predicted | None:
     """None where no group of blocks holds W_hh."""
-    capability, cell, dtype, hidden = size
+    capability, cell, dtype, hidden, _ = size
     chip = CHIPS[capability]
     there = cuda.Chip(divmod(capability, 10), chip.processors, 1024 * SHARED_MEMORY[capability])
     group = cuda.group(cell, dtype, hidden, there) if cuda._cuda.blocks(hidden, dtype) else None
@@ -473,7 +316,8 @@ def of_cuda(size: Size) -> Predicted | None:
     return predicted(told, steps(cuda._cuda.rows, at_once), chip, code, False, lambda depth, has_matrix: None)
 
 
-OF = {"triton": of_triton, "cuda": of_cuda}
+def of(size: Size) -> Predicted | None:
+    return of_triton(size) if size.backend == "triton" else of_cuda(size)
 
 
 def floor(size: Size) -> dict[str, float]:
@@ -486,10 +330,10 @@ def floor(size: Size) -> dict[str, float]:
     return {name: 1e6 * took / SETTING.T for name, took in both.items()}
 
 
-def report(size: Size, backend: str, found: Predicted) -> Iterator[str]:
+def report(size: Size, found: Predicted) -> Iterator[str]:
     lowest = floor(size)
     behind = f", {found.steps:.1f} steps behind each other" if found.steps > 1 else ""
-    yield f"sm_{size.capability} {backend} {size.cell} {size.dtype} H={size.hidden}, {found.how}{behind}"
+    yield f"sm_{size.capability} {size.backend} {size.cell} {size.dtype} H={size.hidden}, {found.how}{behind}"
     for name in DIRECTIONS:
         busiest = sorted(found.busy[name].items(), key=lambda unit: -unit[1])[:4]
         told = ", ".join(f"{unit} {us:.2f}" for unit, us in busiest)
@@ -498,7 +342,7 @@ def report(size: Size, backend: str, found: Predicted) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
-    parser.add_argument("--backend", nargs="+", choices=[*OF], help="default: those that are there")
+    parser.add_argument("--backend", nargs="+", choices=BACKENDS, help="default: those that are there")
     parser.add_argument("--capability", type=int, nargs="+", choices=[*CHIPS], default=[*CHIPS])
     parser.add_argument("--cell", nargs="+", choices=[*CELLS], default=["gru", "lstm"])
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
@@ -511,27 +355,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.model: TRITON_INTERPRET is set, under which nothing is compiled", file=sys.stderr)
         return 2
-    backends = options.backend or (["triton", "cuda"] if cuda._cuda and shutil.which(NVCC) else ["triton"])
-    if "cuda" in backends and not (cuda._cuda and shutil.which(NVCC)):
-        print(f"bench.model: needs nvcc and sire_fast._cuda: {cuda.MISSING}", file=sys.stderr)
+    compiles = cuda._cuda and shutil.which(NVCC)
+    backends = options.backend or BACKENDS[: 2 if compiles else 1]
+    if "cuda" in backends and not compiles:
+        print(f"bench.model: CUDA needs nvcc and sire_fast._cuda: {cuda.MISSING}", file=sys.stderr)
         return 2
     if options.table:
         options.capability, options.cell, options.hidden = [90], [*CELLS], [32, 64, 128, 256, 512, 1024]
-    sizes = [Size(*size) for size in itertools.product(options.capability, options.cell, options.dtype, options.hidden)]
-    results = {backend: aot.done_all(OF[backend], sizes, options.processes) for backend in backends}
-    failed = 0
-    for size in sizes:
-        row = {backend: next(found) for backend, found in results.items()}
-        for backend, found in row.items():
-            if isinstance(found, str):
-                failed += 1
-                print(f"FAILS: {backend} {size}: {found}", file=sys.stderr, flush=True)
-            elif found and not options.table:
-                print(*report(size, backend, found), sep="\n", flush=True)
-        if options.table:
-            told = {backend: round(found.total(), 1) for backend, found in row.items() if isinstance(found, Predicted)}
-            print(f"    {(size.cell, size.hidden, size.dtype)!r}: {told},".replace("'", '"'), flush=True)
-    print(*([] if options.table else [f"else: {peer}" for peer in PEERS]), sep="\n")
+    axes = options.capability, options.cell, options.dtype, options.hidden, backends
+    sizes = [Size(*size) for size in itertools.product(*axes)]
+    failed, row = 0, {}
+    for size, found in zip(sizes, aot.done_all(of, sizes, options.processes), strict=True):
+        if isinstance(found, str):
+            failed += 1
+            print(f"FAILS: {size}: {found}", file=sys.stderr)
+        elif found and options.table:
+            row[size.backend] = round(found.total(), 1)
+        elif found:
+            print(*report(size, found), sep="\n", flush=True)
+        if options.table and size.backend == backends[-1]:
+            print(f"    {(size.cell, size.hidden, size.dtype)}: {row},".replace("'", '"'), flush=True)
+            row = {}
+    if not options.table:
+        print(*(f"to compare with: {peer}" for peer in PEERS), sep="\n")
     return 1 if failed else 0
 
 
