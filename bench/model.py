@@ -119,7 +119,7 @@ def kind(op: str, chip: Chip) -> Kind:
         return Kind("special functions", 8, 22)
     if re.match(r"LDS|STS|SHFL|ATOMS", op):
         return Kind("shared memory", 4 * width, chip.shared)
-    if re.match(r"LDGSTS|LDG|LD\b|STG|ST\b|LDL|STL|ATOM|RED|MEMBAR", op):
+    if re.match(r"(LDGSTS|LDG|LD|STG|ST|LDL|STL|ATOMG|RED|MEMBAR)\b", op):
         l2 = 0 if re.match(r"LDL|STL|MEMBAR", op) else 4 * 32 * 4 * width / chip.l2_bytes
         return Kind("shared memory", 4 * width, chip.l2 * (FENCE if op.startswith("MEMBAR") else 1), l2)
     if re.match(r"UCGABAR_WAIT|SYNCS", op):
@@ -158,10 +158,10 @@ def simulated(trace: Sequence[Instruction], chip: Chip, warps: int) -> Step:
             if warp.at < end and not warp.waits:
                 i = trace[warp.at % len(trace)]
                 when = max(warp.time, clock, free.get(kinds[i.op].unit, 0))
-                ready.append((max([when, *(warp.known.get(r, 0) for r in (*i.reads, *i.writes))]), n))
+                ready.append((max([when, *(warp.known.get(r, 0) for r in (*i.reads, *i.writes))]), warp.at, n))
         if not ready:
             break
-        when, n = min(ready)
+        when, _, n = min(ready)  # who is behind comes first
         warp, i = state[n], trace[state[n].at % len(trace)]
         unit, busy, latency, l2 = kinds[i.op]
         if n == 0 and warp.at % len(trace) == 0:
@@ -236,8 +236,8 @@ class Size(NamedTuple):
     capability: int
     cell: str
     dtype: str
-    hidden: int
     backend: str
+    hidden: int
 
 
 def of_triton(size: Size) -> Predicted:
@@ -293,7 +293,7 @@ SIRE_KERNEL(32 * kWarps) backward(const Backward call) {{
 
 def of_cuda(size: Size) -> Predicted | None:
     """None where no group of blocks holds W_hh."""
-    capability, cell, dtype, hidden, _ = size
+    capability, cell, dtype, _, hidden = size
     chip = CHIPS[capability]
     there = cuda.Chip(divmod(capability, 10), chip.processors, 1024 * SHARED_MEMORY[capability])
     group = cuda.group(cell, dtype, hidden, there) if cuda._cuda.blocks(hidden, dtype) else None
@@ -348,9 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"), default=("float32", "bfloat16"))
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 128, 256, 512], metavar="H")
     parser.add_argument("--processes", type=int, help="that compile at once; default: one for each core")
-    parser.add_argument(
-        "--table", action="store_true", help="print PREDICTED: every cell, H from 32 to 1024, on an H100"
-    )
+    parser.add_argument("--table", action="store_true", help="print PREDICTED: all cells on an H100")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("bench.model: TRITON_INTERPRET is set, under which nothing is compiled", file=sys.stderr)
@@ -361,21 +359,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.model: CUDA needs nvcc and sire_fast._cuda: {cuda.MISSING}", file=sys.stderr)
         return 2
     if options.table:
-        options.capability, options.cell, options.hidden = [90], [*CELLS], [32, 64, 128, 256, 512, 1024]
-    axes = options.capability, options.cell, options.dtype, options.hidden, backends
+        options.capability, options.cell, options.hidden = [90], [*CELLS], gpu.PREDICTED_HIDDEN
+    axes = options.capability, options.cell, options.dtype, backends, options.hidden
     sizes = [Size(*size) for size in itertools.product(*axes)]
-    failed, row = 0, {}
+    failed, row = 0, []
     for size, found in zip(sizes, aot.done_all(of, sizes, options.processes), strict=True):
         if isinstance(found, str):
             failed += 1
             print(f"FAILS: {size}: {found}", file=sys.stderr)
-        elif found and options.table:
-            row[size.backend] = round(found.total(), 1)
-        elif found:
+        elif found and not options.table:
             print(*report(size, found), sep="\n", flush=True)
-        if options.table and size.backend == backends[-1]:
-            print(f"    {(size.cell, size.hidden, size.dtype)}: {row},".replace("'", '"'), flush=True)
-            row = {}
+        row.append(round(found.total(), 1) if isinstance(found, Predicted) else math.inf)
+        if options.table and size.hidden == options.hidden[-1]:
+            us = ", ".join(map(str, row)).replace("inf", "math.inf")
+            print(f'    ("{size.cell}", "{size.dtype}", "{size.backend}"): ({us}),', flush=True)
+            row = []
     if not options.table:
         print(*(f"to compare with: {peer}" for peer in PEERS), sep="\n")
     return 1 if failed else 0

@@ -315,7 +315,7 @@ def _as_cell(layer: nn.RNNBase, sampler: Sampler, compare: str) -> nn.Module:
 
 
 class _TorchRL(nn.Module):
-    """TorchRL's fused kernels with the weights of a layer. They take float32, batches first, and a state for every step,
+    """TorchRL's fused kernels with the weights of a layer. They take float32, batch first, and a state for every step,
     to which a mask may set a sequence back: here never."""
 
     def __init__(self, layer: nn.RNNBase, sampler: Sampler, compare: str) -> None:
