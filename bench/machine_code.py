@@ -50,7 +50,7 @@ def _instruction(address: int, guard: str, op: str, told: str) -> Instruction:
         guard, op, told = "", "NOP", ""
     operands = re.split(r", *(?![^\[]*\])", told)
     written = 0  # of the operands: predicates, and the register behind them with more predicates
-    if not re.match(r"ST|RED|BRA|BAR|LDGSTS|LDGDEPBAR|DEPBAR|MEMBAR|EXIT|BSSY|BSYNC|SYNCS|UCGABAR", op):
+    if not re.match(r"ST|RED|BRA|CALL|RET|BAR|LDGSTS|LDGDEPBAR|DEPBAR|MEMBAR|EXIT|BSSY|BSYNC|SYNCS|UCGABAR", op):
         kinds = "".join("p" if re.fullmatch(r"!?U?P[T\d]", operand) else "r" for operand in operands)
         written = re.match(r"p*" if re.search(r"SETP|PLOP3", op) else r"p*rp*", kinds + "r").end()
     wide = 4 if re.search(r"128|MMA|M88\.4", op) else 2 if re.search(r"\.64|WIDE|CS2R$|M88\.2", op) else 1
@@ -60,9 +60,9 @@ def _instruction(address: int, guard: str, op: str, told: str) -> Instruction:
             data = name in ("R", "UR") and (n < written or "MMA" in op or (op.startswith("ST") and n == 1))
             width = (2 if "MMA" in op and n == 2 else wide) if data else 2 if pair else 1
             (writes if n < written else reads).update(f"{name}{int(number) + k}" for k in range(width))
-    jumps = op.startswith("BRA")
+    jumps = op.startswith("BRA") or (op.startswith("CALL") and guard)  # a call that not all make is a jump
     numbers = [int(number, 16) for number in re.findall(r"(?<!\[)\b0x([0-9a-f]+)", told)]
-    always = op.startswith(("BRA", "EXIT")) and not guard and not re.search(r"P\d", told)
+    always = re.match(r"BRA(?!\.DIV|\.CONV)|EXIT", op) and not guard and not re.search(r"P\d", told)
     return Instruction(
         address, op, frozenset(reads), frozenset(writes), numbers[-1] if jumps else None, not always,
         numbers[-1] if numbers else None,
@@ -135,7 +135,7 @@ class Code:
 
     def _counted(self, loop: Loop) -> int:
         """How often a loop runs that counts up to a constant by a constant; else once."""
-        last = max(n for n in loop.body if loop.head in self.next[n])
+        last = max((n for n in loop.body if {*self.next[n]} - loop.body), default=loop.head)  # where it may be left
         body = [self.instructions[n] for n in sorted(loop.body) if n <= last]
         test = next((i for i in reversed(body) if "ISETP" in i.op and i.writes & body[-1].reads), None)
         for step in body if test and test.constant else ():

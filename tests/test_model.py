@@ -41,6 +41,11 @@ SASS = """
 """
 
 
+def trace(*lines: str):
+    text = "Function : one\n" + "".join(f"/*{16 * n:04x}*/ {line} ;\n" for n, line in enumerate(lines))
+    return parse(text)["one"]
+
+
 def test_machine_code_is_read_as_it_is_written():
     functions = parse(SASS)
     assert {name: len(code) for name, code in functions.items()} == {"forward": 19, "other": 1}
@@ -55,6 +60,8 @@ def test_machine_code_is_read_as_it_is_written():
     assert (found[0x70].reads, found[0x70].writes) == ({"UR6", "R20", "R21"}, {"R2", "R3"})
     assert (found[0x90].reads, found[0x90].writes) == ({"UR6", "R20", "R21", "R8", "R9"}, set())
     assert found[0xC0].constant == 7
+    jumps = trace("@P0 CALL.REL.NOINC 0x0", "CALL.REL.NOINC 0x0", "BRA.DIV ~URZ, 0x0", "@!P0 EXIT", "BRA UP0, 0x0")
+    assert [(i.target, i.goes_on) for i in jumps] == [(0, True), (None, True), (0, True), (None, True), (0, True)]
     assert not found[0x110].goes_on
     assert not found[0x120].goes_on
 
@@ -62,15 +69,13 @@ def test_machine_code_is_read_as_it_is_written():
 def test_a_step_leaves_out_what_is_for_ends_and_repeats_what_is_counted():
     code = Code(parse(SASS)["forward"])
     begun, counted = ["LDSM", "NOP", "HMMA", "ISETP", "BRA"], ["MUFU", "VIADD", "ISETP", "BRA"]
-    trace = code.step(False, lambda depth, has_matrix: None)
-    assert [i.op.split(".")[0] for i in trace] == [*begun, *4 * counted, "STS", "BAR", "BRA"]
+    found = code.step(False, lambda depth, has_matrix: None)
+    assert [i.op.split(".")[0] for i in found] == [*begun, *4 * counted, "STS", "BAR", "BRA"]
     told = code.step(False, lambda depth, has_matrix: 2)
-    assert len(told) == len(trace) - 2 * len(counted)
-
-
-def trace(*lines: str):
-    text = "Function : one\n" + "".join(f"/*{16 * n:04x}*/ {line} ;\n" for n, line in enumerate(lines))
-    return parse(text)["one"]
+    assert len(told) == len(found) - 2 * len(counted)
+    elsewhere = SASS.replace("@!P1 BRA 0xa0 ;", "@P1 CALL.REL.NOINC 0xe0 ;\n /*00d8*/ BRA 0xa0 ;")
+    found = Code(parse(elsewhere)["forward"]).step(False, lambda depth, has_matrix: None)
+    assert [i.op for i in found].count("MUFU.TANH") == 4
 
 
 @pytest.mark.parametrize(
