@@ -16,6 +16,7 @@ Trips = Callable[[int, bool], "int | None"]  # depth in the loop over time, hold
 class Instruction(NamedTuple):
     """Attributes:
     op: with all its suffixes.
+    guard: the predicate, or its opposite ("!P0"), without which nothing happens; "" if there is none.
     reads, writes: registers and predicates.
     target: address to which it may jump.
     goes_on: whether the next instruction may follow.
@@ -24,6 +25,7 @@ class Instruction(NamedTuple):
 
     address: int
     op: str
+    guard: str
     reads: frozenset[str]
     writes: frozenset[str]
     target: int | None
@@ -64,7 +66,7 @@ def _instruction(address: int, guard: str, op: str, told: str) -> Instruction:
     numbers = [int(number, 16) for number in re.findall(r"(?<!\[)\b0x([0-9a-f]+)", told)]
     always = re.match(r"BRA(?!\.DIV|\.CONV)|EXIT", op) and not guard and not re.search(r"P\d", told)
     return Instruction(
-        address, op, frozenset(reads), frozenset(writes), numbers[-1] if jumps else None, not always,
+        address, op, guard, frozenset(reads), frozenset(writes), numbers[-1] if jumps else None, not always,
         numbers[-1] if numbers else None,
     )  # fmt: skip
 
@@ -114,6 +116,8 @@ class Code:
             worth[loop.head] += 1e6 * bool(told[loop])
             if not times[loop]:
                 worth |= dict.fromkeys(loop.body, -1e3)
+        for seldom in filter(None, (self._once_in_many(n, time) for n in time.body)):
+            worth[seldom] = -1e4
         best = self._best(time, inner, worth)
 
         trace, left, at = [], dict(times), time.head
@@ -132,6 +136,26 @@ class Code:
         if not re.match(r"LDG?\.|LDGSTS", self.instructions[n].op):
             return 1
         return 1e3 if re.match(r"LDGSTS.*128", self.instructions[n].op) else -1e3
+
+    def _once_in_many(self, n: int, time: Loop) -> int | None:
+        """Where a branch goes at every 16th step, say: its predicate compares what follows from the step's number alone
+        with a constant, or tests some of its bits."""
+        branch = self.instructions[n]
+        if branch.target is None or not branch.guard:
+            return None
+        needed, test = {branch.guard.lstrip("!")}, None
+        for i in reversed(self.instructions[time.head : n]):
+            if i.writes & needed:
+                test = test or i
+                if not re.match(r"IADD|VIADD|SHF|LEA|LOP3|IMAD|MOV|ISETP", i.op):
+                    return None
+                needed = needed - i.writes | i.reads
+        changes = frozenset().union(*(self.instructions[m].writes for m in time.body))
+        if not test or not test.constant or not re.match(r"ISETP\.(NE|EQ)|LOP3", test.op) or not needed & changes:
+            return None
+        other = branch.guard.startswith("!") == test.op.startswith("ISETP.EQ")  # it jumps at most steps
+        ways = self.next[n]
+        return ways[0] if other else ways[-1]
 
     def _counted(self, loop: Loop) -> int:
         """How often a loop runs that counts up to a constant by a constant; else once."""

@@ -79,6 +79,24 @@ def test_a_step_leaves_out_what_is_for_ends_and_repeats_what_is_counted():
 
 
 @pytest.mark.parametrize(
+    ("test", "guard"),
+    [
+        ("LOP3.LUT P3, RZ, R9, 0xf, RZ, 0xc0, !PT", "@P3"),
+        ("ISETP.NE.AND P3, PT, R9, 0xf, PT", "@P3"),
+        ("ISETP.EQ.AND P3, PT, R9, 0xf, PT", "@!P3"),
+    ],
+)
+def test_what_happens_once_in_many_steps_is_left_out(test, guard):
+    def ops(*lines):
+        return [i.op.split(".")[0] for i in Code(trace(*lines)).step(False, lambda depth, has_matrix: None)]
+
+    rest = ["STS [R0], R1", "HMMA.16816.F32.BF16 R20, R24, R28, R20", "VIADD R9, R9, 0x1", "@P0 BRA 0x10", "EXIT"]
+    assert "STS" not in ops("NOP", test, f"{guard} BRA 0x40", *rest)
+    assert "STS" in ops("NOP", test.replace("R9", "R8"), f"{guard} BRA 0x40", *rest)  # the same at all steps
+    assert "STS" in ops("NOP", "LDS R9, [R9]", test, f"{guard} BRA 0x50", *rest)  # of what, nobody knows
+
+
+@pytest.mark.parametrize(
     ("lines", "warps", "cycles"),
     [
         (["FADD R1, R1, R2"] * 5, 1, 5 * 4),  # each waits for the one before
