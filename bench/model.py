@@ -7,8 +7,9 @@ microseconds of a step, what keeps the chip busy for how many of them, and the f
 
 Which instructions a step executes: the loop over time is the innermost that holds matrix instructions, in a streamed
 launch the third from inside; the loops in it run as often as the launch says, or as the constants that they count to.
-Where the code branches it goes the longer way, but never, if it can, past a load from global memory that it waits for:
-what every step reads was fetched before it, and the rest is for steps at which a variant begins or ends.
+Where the code branches it goes the longer way, but never, if it can, past a load from global memory that it waits for,
+since what every step reads was fetched before it, and the rest is for steps at which a variant begins or ends; nor past
+what the step's number alone sends it to.
 
 Not in it: conflicts of banks, misses of the second-level cache, the work of one warp alone (all do what the busiest
 does). SCALE stands for them. It is the only constant that was fitted: to what FlashRNN tells of its Triton kernels for
@@ -16,7 +17,7 @@ an LSTM on an H100, whose machine code (Triton 3.1, bfloat16, 16 rows) this mode
 they publish for heads of 16 to 128 (forward 1.9, 1.4, 1.9 and 3.2 us a step, backward 1.5 and 2.6 of the first two).
 Numbers are good to 40 %; the order of two kernels that differ by less is not known.
 
-After a change of the kernels `python -m bench.model --table` prints PREDICTED for sire_fast/backends/gpu.py.
+After a change of the kernels `python -m bench.model --table` prints PREDICTED for sire_fast/backends/gpu.py (minutes).
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ class Chip(NamedTuple):
 
 
 # Where the constants come from:
-# ghz, processors, flops, bandwidth, l2_bytes: NVIDIA, "A100 Tensor Core GPU Architecture", "H100 Tensor Core GPU
-#   Architecture", and the data sheet of the B200
+# ghz, processors, flops, bandwidth: NVIDIA, "A100 Tensor Core GPU Architecture", "H100 Tensor Core GPU Architecture",
+#   and the data sheet of the B200
 # matrix: 1024 multiply-adds in a cycle of an A100's multiprocessor (Sun et al., arXiv 2206.02874); an H100 has twice as
 #   many, of which mma.sync reaches 62 % (Luo et al., arXiv 2402.13499)
 # float32: 64 or 128 results in a cycle (NVIDIA, "CUDA C++ Programming Guide", Arithmetic Instructions)
-# shared, l2, peer: Luo et al., arXiv 2402.13499 and 2501.12084
+# shared, l2, peer: Luo et al., arXiv 2402.13499 and 2501.12084; l2_bytes: Jia et al., arXiv 1804.06826 (V100)
 # For a B200 all but ghz, processors, flops and bandwidth is taken from the H100: nothing else was found.
 CHIPS = {
     80: Chip(1.41, 108, 8, 2, 29, 262, 0, 64, 312e12, 1.6e12),
@@ -82,7 +83,7 @@ CHIPS = {
     100: Chip(1.965, 148, 6.5, 1, 29, 263, 180, 64, 2250e12, 8e12),
 }
 MATRIX = 33  # cycles until a product has come; Sun et al. (A100), Luo et al. (H100)
-BARRIER = 30  # cycles behind the last of eight warps; Zhang et al., arXiv 2004.05371: 22 on V100, and two warps a cycle
+BARRIER = 30  # cycles behind the last of eight warps; Zhang et al., arXiv 2004.05371: 22 of one warp on V100
 FENCE = 2  # ways to the second-level cache and back, for which a fence waits behind stores to memory; a guess
 SCALE = 1.24  # see above
 
@@ -91,9 +92,8 @@ PEERS = (
     "FlashRNN, LSTM, bfloat16, B=16, fused in Triton: 1.4 us for heads of 32, 3.2 for 128 (plots in NX-AI/flashrnn)",
     "cuDNN, LSTM, float16, B=16, H=768: 1.96 us, and 5.1 with its backward (the same plots)",
 )
-SETTING = Setting(
-    "GRU", 1000, 64, 128, 128, "uniform:8", "end", "bfloat16"
-)  # what is called, with other cells and sizes
+# what is called, with other cells and sizes
+SETTING, VARIANTS = Setting("GRU", 1000, 64, 128, 128, "uniform:8", "end", "bfloat16"), 8
 BACKENDS, DIRECTIONS = ("triton", "cuda"), ("forward", "backward")
 NVCC = shutil.which("nvcc", path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")) or "nvcc"
 
@@ -228,7 +228,7 @@ def predicted(
 
 def steps(rows: int, tiles: int) -> float:
     """Behind each other, for each time step of SETTING, where so many tiles run at once."""
-    T, B, K = SETTING.T, SETTING.B, 8
+    T, B, K = SETTING.T, SETTING.B, VARIANTS
     return gpu.steps(T, B, K, T, rows, tiles, gpu.plan(T, B, K, T, rows, tiles)) / T
 
 
