@@ -35,20 +35,22 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
 # serve. `python -m bench.model --table` prints it. Not measured, and good to 40 %
 PREDICTED_HIDDEN = (32, 64, 128, 256, 512, 1024)
 PREDICTED: dict[tuple[str, str, str], tuple[float, ...]] = {
-    ("rnn_tanh", "float32", "triton"): (3.7, 5.3, 10.7, 70.8, 261.5, 1005.1),
-    ("rnn_tanh", "float32", "cuda"): (5.6, 5.6, 8.8, 29.0, 109.8, math.inf),
-    ("rnn_tanh", "bfloat16", "triton"): (3.1, 3.7, 5.5, 10.5, 95.2, 342.5),
-    ("rnn_tanh", "bfloat16", "cuda"): (3.6, 3.5, 4.2, 12.0, 34.3, 168.5),
-    ("rnn_relu", "float32", "triton"): (3.5, 5.1, 9.6, 69.8, 259.5, 1001.1),
-    ("rnn_relu", "float32", "cuda"): (5.4, 5.2, 8.6, 28.2, 107.1, math.inf),
-    ("rnn_relu", "bfloat16", "triton"): (2.9, 3.5, 5.0, 9.6, 93.7, 339.6),
-    ("rnn_relu", "bfloat16", "cuda"): (3.5, 3.5, 4.2, 12.0, 34.1, 168.9),
-    ("gru", "float32", "triton"): (6.1, 9.8, 40.8, 143.6, 538.0, 2082.1),
-    ("gru", "float32", "cuda"): (9.3, 11.5, 16.4, 52.5, 188.9, math.inf),
-    ("gru", "bfloat16", "triton"): (4.9, 6.1, 9.1, 48.6, 162.3, 587.5),
-    ("gru", "bfloat16", "cuda"): (4.4, 4.5, 6.0, 17.0, 47.5, 229.5),
-    ("lstm", "float32", "triton"): (8.6, 13.4, 51.6),
-    ("lstm", "float32", "cuda"): (13.4, 13.6, 21.6),
+    ("rnn_tanh", "float32", "triton"): (1.9, 3.2, 8.5, 68.2, 249.3, 952.6),
+    ("rnn_tanh", "float32", "cuda"): (3.2, 3.1, 6.0, 21.1, 88.9, math.inf),
+    ("rnn_tanh", "bfloat16", "triton"): (1.3, 1.8, 3.0, 6.7, 82.0, 284.5),
+    ("rnn_tanh", "bfloat16", "cuda"): (2.8, 2.7, 3.3, 9.8, 28.8, 155.4),
+    ("rnn_relu", "float32", "triton"): (1.7, 3.0, 7.5, 67.3, 247.5, 949.0),
+    ("rnn_relu", "float32", "cuda"): (3.1, 2.9, 5.6, 20.2, 86.0, math.inf),
+    ("rnn_relu", "bfloat16", "triton"): (1.2, 1.6, 2.7, 5.8, 80.2, 280.9),
+    ("rnn_relu", "bfloat16", "cuda"): (2.7, 2.7, 3.3, 9.7, 28.3, 153.9),
+    ("gru", "float32", "triton"): (3.8, 7.4, 39.6, 137.3, 510.6, 1968.1),
+    ("gru", "float32", "cuda"): (5.7, 6.7, 12.1, 40.0, 157.8, math.inf),
+    ("gru", "bfloat16", "triton"): (2.3, 3.2, 6.2, 41.1, 127.4, 438.4),
+    ("gru", "bfloat16", "cuda"): (3.6, 3.6, 5.3, 15.2, 45.5, 236.8),
+    ("lstm", "float32", "triton"): (5.6, 10.7, 49.3, 173.8, 651.9, 2525.0),
+    ("lstm", "float32", "cuda"): (8.5, 9.1, 17.0, 48.1, 189.2, math.inf),
+    ("lstm", "bfloat16", "triton"): (3.4, 4.7, 9.6, 50.3, 158.0, 549.9),
+    ("lstm", "bfloat16", "cuda"): (4.5, 4.3, 6.7, 18.9, 45.9, 266.2),
 }
 
 
