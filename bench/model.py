@@ -336,8 +336,8 @@ def report(size: Size, found: Predicted) -> Iterator[str]:
     yield f"sm_{size.capability} {size.backend} {size.cell} {size.dtype} H={size.hidden}, {found.how}{behind}"
     for name in DIRECTIONS:
         busiest = sorted(found.busy[name].items(), key=lambda unit: -unit[1])[:4]
-        told = ", ".join(f"{unit} {us:.2f}" for unit, us in busiest)
-        yield f"    {name:8} {found.us[name]:6.2f} us, floor {lowest[name]:.2f}; busy: {told}"
+        told = ", ".join(f"{unit} {found.steps * us:.2f}" for unit, us in busiest)
+        yield f"    {name:8} {found.steps * found.us[name]:6.2f} us, floor {lowest[name]:.2f}; busy: {told}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
