@@ -88,7 +88,7 @@ class Item(NamedTuple):
 
 SIRE = ("kernel", "kernel plain", "plain", "stacked", "shared")
 PLAIN = ("kernel plain", "plain")
-TORCHRL = ("torchrl", "torchrl stacked")  # where it is installed
+TORCHRL = ("torchrl", "torchrl stacked")  # where it is installed; compiles a dozen candidates for each T and H first
 
 
 def plan(device: str) -> list[Item]:

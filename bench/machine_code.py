@@ -153,9 +153,8 @@ class Code:
         changes = frozenset().union(*(self.instructions[m].writes for m in time.body))
         if not test or not test.constant or not re.match(r"ISETP\.(NE|EQ)|LOP3", test.op) or not needed & changes:
             return None
-        other = branch.guard.startswith("!") == test.op.startswith("ISETP.EQ")  # it jumps at most steps
-        ways = self.next[n]
-        return ways[0] if other else ways[-1]
+        mostly_jumps = branch.guard.startswith("!") == test.op.startswith("ISETP.EQ")
+        return self.next[n][0 if mostly_jumps else -1]
 
     def _counted(self, loop: Loop) -> int:
         """How often a loop runs that counts up to a constant by a constant; else once."""
