@@ -105,7 +105,8 @@ def reduced(features: Tensor, reduce: str, lengths: Tensor | None = None) -> Ten
         features = features.masked_fill(_padding(features, lengths).T[..., None], neutral)
     if reduce == "mean":
         return features.sum(0) / (len(features) if lengths is None else lengths.to(features)[:, None])
-    return {"sum": torch.sum, "max": torch.amax, "prod": torch.prod}[reduce](features, 0)
+    reductions: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "max": torch.amax, "prod": torch.prod}
+    return reductions[reduce](features, 0)
 
 
 def _padding(x: Tensor, lengths: Tensor) -> Tensor:

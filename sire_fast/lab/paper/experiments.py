@@ -16,6 +16,8 @@ from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import Setting
 from sire_fast.lab.paper.trials import Trial
 
+Fields = dict[str, Any]  # of a Trial
+
 QUICK_SETTINGS = 2  # of an experiment in the quick preset
 
 
@@ -70,7 +72,7 @@ def _small(trial: Trial) -> Trial:
     )
 
 
-def _recurrent(cell: str, name: str) -> dict[str, dict[str, Any]]:
+def _recurrent(cell: str, name: str) -> dict[str, Fields]:
     """A recurrent network without penalty, shuffled, and with SIRE on its states: in both compares, and with the
     sampling and weight of the authors' code."""
     base = {"model": cell, "cell": cell}
@@ -84,7 +86,7 @@ def _recurrent(cell: str, name: str) -> dict[str, dict[str, Any]]:
 
 
 # a network of numbers can shrink its states, not its answers
-_ON_OUTPUTS = {"swaps": "uniform:4", "through": True, "weight": 10.0}
+_ON_OUTPUTS: Fields = {"swaps": "uniform:4", "through": True, "weight": 10.0}
 _TWO_TO_TEN = tuple(range(2, 11))
 _DEEP_SETS = {f"DeepSets ({reduce})": {"model": f"deepsets-{reduce}"} for reduce in ("sum", "mean", "max")}
 _SET_TRANSFORMERS = {"Set Transformer (SAB)": {"model": "sab"}, "Set Transformer (ISAB)": {"model": "isab"}}
@@ -95,8 +97,8 @@ def _figure1() -> Iterator[Case]:
     methods = _recurrent("gru", "GRU") | _DEEP_SETS | {"DeepSets (product)": {"model": "deepsets-prod"}}
     for examples in (40, 100_000):
         for hidden in (3, 8, 100):
-            common = {"hidden": hidden, "examples": examples, "steps": 6000, "seconds": 8.0, "lr": 3e-3}
-            lengths = {"test_lengths": (10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200)}
+            common: Fields = {"hidden": hidden, "examples": examples, "steps": 6000, "seconds": 8.0, "lr": 3e-3}
+            lengths: Fields = {"test_lengths": (10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200)}
             for method, changes in methods.items():
                 setting = f"H = {hidden}, {examples} sequences"
                 yield Case(setting, method, Trial("parity", **common, **lengths, **changes))
@@ -110,10 +112,10 @@ def _figure2() -> Iterator[Case]:
         "DeepSets (sum)": {"model": "deepsets-sum"},
     }
     janossy = {"LSTM, 20 orders (Janossy)": {"model": "janossy"}}
-    common = {"cell": "lstm", "hidden": 50, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 6.0}
+    common: Fields = {"cell": "lstm", "hidden": 50, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 6.0}
     for name, n in (("sum", 5), ("range", 5), ("variance", 10), ("unique-sum", 10), ("unique-count", 10), ("max", 9)):
         for method, changes in (methods | janossy).items():
-            lengths = {"train_lengths": (n,), "test_lengths": (n,)}
+            lengths: Fields = {"train_lengths": (n,), "test_lengths": (n,)}
             yield Case(f"{name} of {n}", method, Trial(name, **(common | lengths | changes)))
     for name in ("sum", "range", "variance"):
         for method, changes in methods.items():
@@ -122,13 +124,13 @@ def _figure2() -> Iterator[Case]:
 
 
 def _half_range() -> Iterator[Case]:
-    methods: dict[str, dict[str, Any]] = {"GRU": {}, "GRU, shuffled inside the halves": {"fresh": True}}
+    methods: dict[str, Fields] = {"GRU": {}, "GRU, shuffled inside the halves": {"fresh": True}}
     for what, through, weights in (("states", False, (0.1, 1.0)), ("outputs", True, (1.0, 10.0, 100.0))):
         for weight in weights:
             sire = {"through": through, "weight": weight}
             methods[f"SIRE on {what} inside the halves, weight {weight:g}"] = sire | {"swaps": "blocks:4:0.5"}
             methods[f"SIRE on {what} anywhere, weight {weight:g}"] = sire | {"swaps": "uniform:4"}
-    common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 4000, "seconds": 10.0}
+    common: Fields = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 4000, "seconds": 10.0}
     for method, changes in methods.items():
         yield Case("10000 sequences of 4 to 20", method, Trial("half-range", **common, **changes))
 
@@ -136,13 +138,14 @@ def _half_range() -> Iterator[Case]:
 def _swaps() -> Iterator[Case]:
     end = [f"uniform:{k}" for k in (1, 2, 4, 8, 16)] + ["adaptive:uniform:4"]
     swap = [f"adjacent:{k}" for k in (1, 2, 4, 8, "all")] + ["adaptive:adjacent:4"]
-    plain: dict[str, dict[str, Any]] = {"none": {}, "none, shuffled": {"fresh": True}}
+    plain: dict[str, Fields] = {"none": {}, "none, shuffled": {"fresh": True}}
     at_the_swap = {f"{s} at the swap": {"swaps": s, "compare": "swap"} for s in swap}
-    for problem, n, common in (
+    problems: list[tuple[str, int, Fields]] = [
         ("parity", 10, {"hidden": 32, "examples": 40, "lr": 3e-3, "seconds": 4.0}),
         ("range", 10, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 6.0}),
         ("range", 50, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 15.0}),
-    ):
+    ]
+    for problem, n, common in problems:
         outputs = _ON_OUTPUTS if problem == "range" else {}
         at_the_end = {f"{s} at the end": outputs | {"swaps": s} for s in end}
         for method, changes in (plain | at_the_end | at_the_swap).items():
@@ -151,7 +154,7 @@ def _swaps() -> Iterator[Case]:
 
 
 def _convergence() -> Iterator[Case]:
-    methods = {
+    methods: dict[str, Fields] = {
         "GRU": {},
         "GRU, shuffled": {"fresh": True},
         "GRU, SIRE as published": {"swaps": "published", "compare": "swap", "weight": 1.0},
@@ -159,7 +162,7 @@ def _convergence() -> Iterator[Case]:
         "GRU, SIRE on outputs": _ON_OUTPUTS,
         "GRU, SIRE on outputs, shuffled": _ON_OUTPUTS | {"fresh": True},
     }
-    common = {"hidden": 64, "examples": 100_000, "lr": 5e-3, "steps": 10_000, "until": 0.9}
+    common: Fields = {"hidden": 64, "examples": 100_000, "lr": 5e-3, "steps": 10_000, "until": 0.9}
     for setting, lengths in (("range of 2 to 100", tuple(range(2, 101))), ("range of 100", (100,))):
         for method, changes in methods.items():
             trial = Trial("range", train_lengths=lengths, test_lengths=(10, 50, 100), **common, **changes)
@@ -169,7 +172,7 @@ def _convergence() -> Iterator[Case]:
 def _lp_mnist() -> Iterator[Case]:
     some = {"swaps": "local:200", "weight": 0.1}
     rnn, gru = ({"model": cell, "cell": cell, "hidden": 128} for cell in ("rnn", "gru"))
-    methods = {
+    methods: dict[str, Fields] = {
         "RNN": rnn,
         "RNN, perturbed anew": rnn | {"fresh": True},
         "RNN, SIRE: 1176 more swaps": rnn | {"swaps": "local:1176", "weight": 0.01},
@@ -185,9 +188,9 @@ def _lp_mnist() -> Iterator[Case]:
 
 
 def _points() -> Iterator[Case]:
-    sire = {"swaps": "adjacent:8", "compare": "swap", "fresh": True, "weight": 1.0}
-    published = {"swaps": "published", "compare": "swap", "fresh": True, "weight": 1.0}
-    methods = {
+    sire: Fields = {"swaps": "adjacent:8", "compare": "swap", "fresh": True, "weight": 1.0}
+    published: Fields = {"swaps": "published", "compare": "swap", "fresh": True, "weight": 1.0}
+    methods: dict[str, Fields] = {
         "DeepSets (max)": {"model": "deepsets-max"},
         "GRU, shuffled": {"fresh": True},
         "SIRE": sire,
@@ -195,7 +198,7 @@ def _points() -> Iterator[Case]:
         "Set Transformer (ISAB)": {"model": "isab"},
     }
     for n, hidden, steps in ((100, 128, 1500), (1000, 64, 600)):
-        common = {"hidden": hidden, "steps": steps, "seconds": 80.0, "train_lengths": (n,)}
+        common: Fields = {"hidden": hidden, "steps": steps, "seconds": 80.0, "train_lengths": (n,)}
         for method, changes in methods.items():
             yield Case(f"{n} points", method, Trial("points", **common, **changes))
 
@@ -203,21 +206,25 @@ def _points() -> Iterator[Case]:
 def _rivals() -> Iterator[Case]:
     others = _DEEP_SETS | _SET_TRANSFORMERS | {"GRU, 20 orders (Janossy)": {"model": "janossy"}}
     for problem in ("parity", "sum", "range", "variance", "max"):
-        sire = {"swaps": "uniform:4"} if problem == "parity" else _ON_OUTPUTS
-        fresh: dict[str, Any] = {"fresh": True}
-        methods = {"GRU, shuffled": fresh, "GRU, SIRE": sire, "GRU, SIRE, shuffled": sire | fresh} | others
-        common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 8.0}
+        sire: Fields = {"swaps": "uniform:4"} if problem == "parity" else _ON_OUTPUTS
+        fresh: Fields = {"fresh": True}
+        methods: dict[str, Fields] = {
+            "GRU, shuffled": fresh,
+            "GRU, SIRE": sire,
+            "GRU, SIRE, shuffled": sire | fresh,
+        } | others
+        common: Fields = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 8.0}
         for method, changes in methods.items():
             trial = Trial(problem, train_lengths=_TWO_TO_TEN, test_lengths=_TO_100, **common, **changes)
             yield Case(f"{problem} of 2 to 10", method, trial)
 
 
 def _lengths() -> Iterator[Case]:
-    methods = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE on outputs": _ON_OUTPUTS}
+    methods: dict[str, Fields] = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE on outputs": _ON_OUTPUTS}
     for longest in (5, 10, 20, 50, 100):
-        common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 2500}
+        common: Fields = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 2500}
         for method, changes in methods.items():
-            lengths = {"train_lengths": tuple(range(2, longest + 1)), "test_lengths": (5, 10, 20, 50, 100, 200)}
+            lengths: Fields = {"train_lengths": tuple(range(2, longest + 1)), "test_lengths": (5, 10, 20, 50, 100, 200)}
             yield Case(f"trained on 2 to {longest}", method, Trial("range", **common, **lengths, **changes))
 
 
@@ -271,7 +278,8 @@ def cost_rounds(preset: str) -> int:
 
 def cost(preset: str, finished: Callable[[], None]) -> dict[str, Any]:
     """What the penalty costs in a training step: every way to compute it, timed side by side."""
-    size = {"T": 10, "B": 4, "I": 8, "H": 8} if preset == "quick" else {"T": 100, "B": 64, "I": 256, "H": 256}
+    small: Fields = {"T": 10, "B": 4, "I": 8, "H": 8}
+    size = small if preset == "quick" else {"T": 100, "B": 64, "I": 256, "H": 256}
     rows = []
     for swaps in _COST_SWAPS:
         setting = Setting("GRU", **size, swaps=swaps, compare="swap")

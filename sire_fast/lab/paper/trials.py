@@ -105,8 +105,9 @@ def make_model(trial: Trial, problem: Problem) -> nn.Module:
     """The model of a trial, x (T, B, ...) -> (B, O)."""
 
     def build(name: str, width: int, sampler: Sampler | None = None) -> nn.Module:
+        model: nn.Module
         inputs, outputs = problem.inputs, problem.outputs
-        if name == "cnn":
+        if isinstance(problem, LocalImages) and name == "cnn":
             return baselines.ImageCNN(problem.height, problem.width, outputs)
         if name in ("sab", "isab"):
             return baselines.SetTransformer(inputs, width, outputs, inducing=16 if name == "isab" else 0)
@@ -146,7 +147,8 @@ def run(trial: Trial) -> dict[str, Any]:
     problem = make_problem(trial, generator)
     model = make_model(trial, problem)
     average = copy.deepcopy(model).eval().requires_grad_(False)
-    weights = [*average.parameters()], [*model.parameters()]
+    averaged: list[torch.Tensor] = [*average.parameters()]
+    trained: list[torch.Tensor] = [*model.parameters()]
     optimiser = torch.optim.Adam(model.parameters(), lr=trial.lr, fused=True)
     recurrent = next((m for m in model.modules() if isinstance(m, baselines.Recurrent)), None)
     schedule = recurrent.layer.swaps if recurrent and isinstance(recurrent.layer.swaps, AdaptiveSwaps) else None
@@ -178,7 +180,7 @@ def run(trial: Trial) -> dict[str, Any]:
             schedule.step(*losses[-1])
         step += 1
         with torch.no_grad():  # AveragedModel of torch's swa_utils would begin with the first step's weights
-            torch._foreach_lerp_(*weights, 1 - min(AVERAGED, step / (step + 9)))
+            torch._foreach_lerp_(averaged, trained, 1 - min(AVERAGED, step / (step + 9)))
         seconds += time.process_time() - began
         reached = False
         if step % every == 0 or step == trial.steps:
@@ -253,7 +255,8 @@ def _worker() -> None:
 
 def _end_with_parent() -> None:
     """However that ends: nobody else would stop a training."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
