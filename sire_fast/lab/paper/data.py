@@ -173,6 +173,16 @@ def _standard(x: Tensor) -> Tensor:
     return x / x.std((1, 2), keepdim=True)
 
 
+def augmented(clouds: Tensor, generator: torch.Generator) -> Tensor:
+    """Clouds (T, B, 3), each stretched along its axes by 0.8 to 1.25 and turned about z by up to 18 degrees, as the
+    authors do with 5000 points."""
+    batch = clouds.shape[1]
+    stretch = 0.8 + 0.45 * torch.rand(batch, 3, generator=generator)
+    angle = 0.1 * torch.pi * (2 * torch.rand(batch, generator=generator) - 1)
+    x, y, z = (clouds * stretch).unbind(-1)
+    return torch.stack((x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos(), z), -1)
+
+
 def _generated(shapes: int) -> Split:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(len(_SHAPES)).repeat_interleave(shapes + shapes // 4)
