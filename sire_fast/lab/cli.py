@@ -291,7 +291,7 @@ def bench(
 def reproduce_command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.", show_default=False)],
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, or an hour to a day.")] = "quick",
-    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 3 or 5 full")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 3 to 20 full")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="File or folder with MNIST or point clouds; generated or small ones if not given."),
