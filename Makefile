@@ -3,7 +3,7 @@
 # make proof  the long ones, on which nothing else depends
 # make bench  sets up .venv, measures against torch and others into bench/results: five minutes on two quiet cores
 # make docs   the documentation as a site, into site/
-# make lint   ruff and clang-format; make format applies both
+# make lint   ruff, clang-format, mypy; make format applies the first two
 PYTHON ?= python3
 BIN := .venv/bin
 CSRC := $(wildcard csrc/*.* csrc/cuda/*.*)
@@ -44,6 +44,7 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CSRC) tests/*.h
+	$(BIN)/mypy
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -96,7 +98,7 @@ def swap_rnn(
     )
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Tensors as torch's autocast has them where it is on; float64 stays what it is, as it does there."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):

@@ -156,7 +156,7 @@ def kernel_errors(
     backend: str, cell: str, dtype: torch.dtype, device: torch.device | str, case: Case
 ) -> dict[str, Error]:
     """Of a backend in one case."""
-    told = {} if case.longest is None else {"longest": case.longest}
+    told: dict[str, Any] = {} if case.longest is None else {"longest": case.longest}
     kernel = functools.partial(functional.swap_rnn, cell, backend=backend, recompute=case.recompute, **told)
     for draw in range(chances(cell, case.H)):
         arguments = make(cell, case, draw, dtype, device)
@@ -212,7 +212,8 @@ def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.devic
     return _known[key]
 
 
-failures._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result does, which loads the compiler
+# as torch.compiler.assume_constant_result does, which loads the compiler
+failures._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
 
 
 def _tried(backend: str, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
@@ -317,7 +318,8 @@ def environment(device: torch.device | str) -> dict[str, str]:
         found["triton"] = importlib.metadata.version("triton")
     major, minor = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)} of capability {major}.{minor}"
-    return found | {"CUDA": str(torch.version.cuda), "driver": str(torch._C._cuda_getDriverVersion()), "on": name}
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # in builds with CUDA
+    return found | {"CUDA": str(torch.version.cuda), "driver": str(driver), "on": name}
 
 
 def check_kernel(
@@ -410,7 +412,7 @@ def _checked(name: str, layer: _SwapLayer, input: Any, hx: Any = None, lengths: 
     if layer.swaps is not None:
         drawn = layer._draw(x, lengths, generator)
         pairs = Pairs(drawn, layer.compare, layer._longest)
-    call = network.call
+    call = network.call()
     reasons = passes.why_not_fused(network, swapping=pairs is not None)
     by = "torch's layer" if reasons else backends.choose("auto", **call)
     kind, dtype = x.device.type, call["dtype"]

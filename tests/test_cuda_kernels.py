@@ -139,7 +139,8 @@ def test_auto_takes_what_was_measured(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
     layer = GRU(3, 100, swaps=Adjacent(1), device="meta")
-    monkeypatch.setattr(Network, "call", layer._network.call | {"device": torch.device("cuda")})
+    call = layer._network.call() | {"device": torch.device("cuda")}
+    monkeypatch.setattr(Network, "call", lambda network: call)
     assert layer.backend == served
 
 

@@ -110,7 +110,7 @@ def choose(backend: str, **call: Any) -> str:
     """
     if backend == "auto" and not _forced:
         return _first(**call)[0]
-    named = _forced if backend == "auto" else backend
+    named = _forced if _forced and backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:
         raise NotImplementedError("; ".join(reasons))

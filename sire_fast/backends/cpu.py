@@ -13,7 +13,7 @@ from sire_fast import reference
 from sire_fast.cells import CELLS
 
 try:
-    from sire_fast import _C
+    from sire_fast import _C  # type: ignore[attr-defined]  # compiled, without types
 
     MISSING = ""
 except ImportError as error:
@@ -86,7 +86,7 @@ def kept(
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
 ) -> None:
     x, *_, swaps, ends, lengths = inputs
     _check_rows(x, swaps, ends, lengths, outputs[-1] if train else None)
@@ -100,10 +100,10 @@ def backward(
     cell: str,
     arithmetic: str,
     recompute: bool,
-    inputs: Sequence[Tensor | None],
+    inputs: Sequence[Any],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    _check_rows(inputs[7], *inputs[14:17], inputs[-1])
+    _check_rows(inputs[7], inputs[14], inputs[15], inputs[16], inputs[-1])
     threads = torch.get_num_threads()
     _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class Call:
         S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
         return cls(cell, T, B, K, H, S, torch.promote_types(x.dtype, torch.float32))
 
-    def states(self, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+    def states(self, first: Any, second: Any) -> tuple[Any, ...]:
         """Of h alone or of h and c."""
         return (first, second)[: CELLS[self.cell].states]
 
@@ -117,7 +117,7 @@ def kept(
     return (rows, gates * hidden), (span_rows, CELLS[cell].states * hidden)
 
 
-def check(train: bool, inputs: Sequence[Tensor | None], spans: Tensor) -> None:
+def check(train: bool, inputs: Sequence[Any], spans: Tensor) -> None:
     """A ValueError if positions on the CPU, of inputs in the order of the operator's schema, lie outside their
     sequences, or their spans are too long for `spans`."""
     x, *_, swaps, ends, lengths = inputs

@@ -27,11 +27,12 @@ def identity_rnn(inputs: int, hidden: int, **settings: Any) -> sire_fast.RNN:
     rectified linear units", 2015."""
     layer = sire_fast.RNN(inputs, hidden, nonlinearity="relu", **settings)
     nn.init.eye_(layer.weight_hh_l0)
-    for bias in (layer.bias_ih_l0, layer.bias_hh_l0):
-        nn.init.zeros_(bias)
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        nn.init.zeros_(layer.get_parameter(name))
     return layer
 
 
+RECURRENT: dict[str, Callable[..., sire_fast.RNN | sire_fast.GRU | sire_fast.LSTM]]
 RECURRENT = {"rnn": sire_fast.RNN, "irnn": identity_rnn, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 REDUCTIONS = ("sum", "mean", "max", "prod")
 
@@ -66,7 +67,8 @@ class Recurrent(nn.Module):
         self.layer = RECURRENT[cell](inputs, hidden, swaps=swaps, compare=compare)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, outputs)
-        self.initial = self.last = None
+        self.initial: Any = None
+        self.last: Any = None
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         _, last = self.layer(x, self.initial, lengths=lengths)
@@ -129,7 +131,8 @@ def reduced(features: Tensor, reduce: str, lengths: Tensor | None = None) -> Ten
         features = features.masked_fill(_padding(features, lengths).T[..., None], neutral)
     if reduce == "mean":
         return features.sum(0) / (len(features) if lengths is None else lengths.to(features)[:, None])
-    return {"sum": torch.sum, "max": torch.amax, "prod": torch.prod}[reduce](features, 0)
+    reductions: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "max": torch.amax, "prod": torch.prod}
+    return reductions[reduce](features, 0)
 
 
 def _padding(x: Tensor, lengths: Tensor) -> Tensor:

@@ -123,7 +123,9 @@ class Step:
 
     def __init__(self, setting: Setting, name: str, sampler: Sampler | None = None) -> None:
         contestant = CONTESTANTS[name]
-        self.sampler = sampler or swaps.parse(setting.swaps)
+        drawn = sampler or swaps.parse(setting.swaps)
+        assert drawn is not None  # which the setting refuses
+        self.sampler = drawn
         self.compare, self.forward = setting.compare, contestant.forward
         to = {"dtype": getattr(torch, setting.dtype), "device": setting.device}
         with torch.random.fork_rng(devices=[]):
@@ -205,6 +207,7 @@ def _behind(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, T
     running = variants = _Variants(*(v[longest_first] for v in variants))
     span = variants.end - variants.i
     longest = int(span[0]) + 1
+    projected: Any
     if isinstance(layer, nn.LSTM):  # torch's layer tells c of the last step only
         projected = linear(x, w_ih, b_ih)
         *tracks, recurrent = _lstm(projected, w_hh, b_hh)
@@ -245,7 +248,8 @@ def _lstm(projected: Tensor, w_hh: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor
         u = linear(h, w_hh, b_hh)
         h, c = CELLS["lstm"].step(x, u, (h, c))
         history.append((h, c, u))
-    return tuple(torch.stack(track) for track in zip(*history, strict=True))
+    h, c, u = (torch.stack(track) for track in zip(*history, strict=True))
+    return h, c, u
 
 
 def _in_step(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, Tensor]:
@@ -296,7 +300,7 @@ def _published(cell: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tu
     return torch.stack(output), (ended[1] - ended[0]).square().sum(-1).mean()
 
 
-def _hidden(state: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def _hidden(state: Any) -> Tensor:
     return state if isinstance(state, Tensor) else state[0]
 
 
@@ -402,7 +406,8 @@ def _peak_growth(setting: Setting, name: str, threads: int) -> int | None:
 
 def _resident(field: str) -> int:
     """Bytes of resident memory: now (VmRSS), or at its peak (VmHWM)."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    found = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[0])
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -48,7 +48,7 @@ _CHECKED = ("float32", "bfloat16", "float16")  # dtypes
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
-_UsageError = typer.BadParameter.__base__
+_UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="Train recurrent networks that do not care about the order of their input.",
@@ -118,7 +118,7 @@ def _with_options_of(settings: type) -> Callable[[Callable[..., None]], Callable
         default = Parameter.empty if required else field.default
         return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told])
 
-    def extend(command: Callable[..., None]) -> Callable[..., None]:
+    def extend(command: Any) -> Callable[..., None]:
         *own, _ = signature(command, eval_str=True).parameters.values()
         parameters = [*map(parameter, fields(settings)), *own]
         command.__signature__ = Signature([p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters])
@@ -304,15 +304,15 @@ def reproduce_command(
     """
     out = out or Path("runs", "paper", preset)
     with _bad_input():
-        rows = plan(name, preset, seeds, data, out)
+        planned = plan(name, preset, seeds, data, out)
     workers = os.cpu_count() or 1 if preset == "full" else 1
-    trainings = sum(len(row.choices) + len(row.results) for row in rows)
+    trainings = sum(len(row.choices) + len(row.results) for row in planned)
     columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
             kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", trainings)
             bar = progress.add_task(f"{name}, {kind}", total=count)
-            _, tables = reproduce(name, preset, rows, out, workers, lambda: progress.advance(bar))
+            _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:
         _complain(f"interrupted; the same command goes on: sire-fast reproduce {name} --preset {preset}")
         raise typer.Exit(130) from None
@@ -335,7 +335,7 @@ def doctor() -> None:
     for backend in backends.BACKENDS:
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16):
-                call = {"dtype": dtype, "device": device, "hidden_size": 128}
+                call: dict[str, Any] = {"dtype": dtype, "device": device, "hidden_size": 128}
                 # few reasons depend on the cell: each is told once
                 reasons = dict.fromkeys(
                     reason.removeprefix(f"{backend}: ")
@@ -516,7 +516,8 @@ def _show_inspection(found: Inspection, title: str) -> None:
 def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
     if task != chosen.config.task:
         raise ValueError(f"task: expected {chosen.config.task}, which the run was started with, got {task!r}")
-    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
     further = [f"--{name}" for name in given if name not in ("task", "resume")]
     if further:
         raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")

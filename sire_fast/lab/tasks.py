@@ -149,7 +149,7 @@ def _number(scale: float, vocabulary: int = 100, **metrics: Compare) -> dict[str
     }
 
 
-_EXACT = {"accuracy": _right_rounded, "mae": _mae, "mse": _mse}
+_EXACT: dict[str, Any] = {"accuracy": _right_rounded, "mae": _mae, "mse": _mse}
 _SHORT = tuple(range(2, 11))
 _LONGER = (5, 10, 20, 30, 40, 50, 75, 100)
 

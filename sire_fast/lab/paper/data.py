@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,14 +90,14 @@ def _idx_files(paths: list[Path]) -> list[np.ndarray]:
     return arrays
 
 
-def _named(name: str, files: list) -> object:
+def _named(name: str, files: list[Any]) -> Any:
     for file in files:
         if name in file.name.replace(".idx", "-idx"):
             return file
     raise ValueError(f"data: expected a file {name}-ubyte of MNIST, found none")
 
 
-def _idx(file: IO[bytes]) -> np.ndarray:
+def _idx(file: Any) -> np.ndarray:
     """The array in an idx file: two zeros, type, number of sizes, sizes (big endian), bytes."""
     content = file.read()
     dimensions = content[3]
@@ -119,14 +119,14 @@ def points(path: Path | None = None, shapes: int = 400) -> Split:
     with _readable(files[0]):
         if files[0].suffix == ".npz":
             x, y, test = _npz(files[0], "x", "y", "test")
-            parts = x[~test], y[~test], x[test], y[test]
+            parts = [x[~test], y[~test], x[test], y[test]]
         else:
             parts = _hdf5(files)
-    x, y, test_x, test_y = (torch.from_numpy(part) for part in parts)
-    y, test_y = y.long().flatten(), test_y.long().flatten()
-    classes = int(y.max()) + 1
-    source = f"{files[0].stem}: {classes} classes, {len(x)} + {len(test_x)} shapes of {x.shape[1]} points"
-    return Split(_standard(x), y, _standard(test_x), test_y, classes, source)
+    train_x, train_y, test_x, test_y = (torch.from_numpy(part) for part in parts)
+    train_y, test_y = train_y.long().flatten(), test_y.long().flatten()
+    classes = int(train_y.max()) + 1
+    source = f"{files[0].stem}: {classes} classes, {len(train_x)} + {len(test_x)} shapes of {train_x.shape[1]} points"
+    return Split(_standard(train_x), train_y, _standard(test_x), test_y, classes, source)
 
 
 def _hdf5(paths: list[Path]) -> list[np.ndarray]:

@@ -18,6 +18,8 @@ from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import Setting
 from sire_fast.lab.paper.trials import RECORDS, Trial
 
+Fields = dict[str, Any]  # of a Trial
+
 QUICK_SETTINGS = 2  # of an experiment in the quick preset
 CHOOSING_SEED = 1000
 CHOOSING_SHARE = 8  # a part of the steps decides
@@ -101,7 +103,7 @@ def _small(trial: Trial) -> Trial:
     )
 
 
-def _recurrent(cell: str, name: str) -> dict[str, dict[str, Any]]:
+def _recurrent(cell: str, name: str) -> dict[str, Fields]:
     """A recurrent network without penalty, shuffled, and with SIRE on its states: in both compares, and with the
     sampling and weight of the authors' code."""
     base = {"model": cell, "cell": cell}
@@ -115,7 +117,7 @@ def _recurrent(cell: str, name: str) -> dict[str, dict[str, Any]]:
 
 
 # a network of numbers can shrink its states, not its answers
-_ON_OUTPUTS = {"swaps": "uniform:4", "through": True, "weight": 10.0}
+_ON_OUTPUTS: Fields = {"swaps": "uniform:4", "through": True, "weight": 10.0}
 _TWO_TO_TEN = tuple(range(2, 11))
 _DEEP_SETS = {f"DeepSets ({reduce})": {"model": f"deepsets-{reduce}"} for reduce in ("sum", "mean", "max")}
 _SET_TRANSFORMERS = {"Set Transformer (SAB)": {"model": "sab"}, "Set Transformer (ISAB)": {"model": "isab"}}
@@ -126,8 +128,8 @@ def _figure1() -> Iterator[Case]:
     methods = _recurrent("gru", "GRU") | _DEEP_SETS | {"DeepSets (product)": {"model": "deepsets-prod"}}
     for examples in (40, 100_000):
         for hidden in (3, 8, 100):
-            common = {"hidden": hidden, "examples": examples, "steps": 6000, "seconds": 8.0, "lr": 3e-3}
-            lengths = {"test_lengths": (10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200)}
+            common: Fields = {"hidden": hidden, "examples": examples, "steps": 6000, "seconds": 8.0, "lr": 3e-3}
+            lengths: Fields = {"test_lengths": (10, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200)}
             for method, changes in methods.items():
                 setting = f"H = {hidden}, {examples} sequences"
                 yield Case(setting, method, Trial("parity", **common, **lengths, **changes))
@@ -141,10 +143,10 @@ def _figure2() -> Iterator[Case]:
         "DeepSets (sum)": {"model": "deepsets-sum"},
     }
     janossy = {"LSTM, 20 orders (Janossy)": {"model": "janossy"}}
-    common = {"cell": "lstm", "hidden": 50, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 6.0}
+    common: Fields = {"cell": "lstm", "hidden": 50, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 6.0}
     for name, n in (("sum", 5), ("range", 5), ("variance", 10), ("unique-sum", 10), ("unique-count", 10), ("max", 9)):
         for method, changes in (methods | janossy).items():
-            lengths = {"train_lengths": (n,), "test_lengths": (n,)}
+            lengths: Fields = {"train_lengths": (n,), "test_lengths": (n,)}
             yield Case(f"{name} of {n}", method, Trial(name, **(common | lengths | changes)))
     for name in ("sum", "range", "variance"):
         for method, changes in methods.items():
@@ -154,7 +156,7 @@ def _figure2() -> Iterator[Case]:
 
 def _figure2_long() -> Iterator[Case]:
     lstm = {"model": "lstm"}
-    methods: dict[str, dict[str, Any]] = {
+    methods: dict[str, Fields] = {
         "LSTM, shuffled": lstm | {"fresh": True},
         "LSTM, SIRE as published": lstm | {"swaps": "published", "compare": "swap", "weight": 1.0},
         "LSTM, SIRE on outputs": lstm | _ON_OUTPUTS,
@@ -162,8 +164,8 @@ def _figure2_long() -> Iterator[Case]:
         "DeepSets (sum)": {"model": "deepsets-sum"},
         "LSTM, 20 orders (Janossy)": {"model": "janossy"},
     }
-    common = {"cell": "lstm", "hidden": 50, "examples": 100_000, "batch": 128, "patience": RECORDS}
-    budgets = {"steps": 300 * 100_000 // 128, "seconds": 300.0}
+    common: Fields = {"cell": "lstm", "hidden": 50, "examples": 100_000, "batch": 128, "patience": RECORDS}
+    budgets: Fields = {"steps": 300 * 100_000 // 128, "seconds": 300.0}
     for name, n in (("sum", 5), ("range", 5), ("variance", 10)):
         for method, changes in methods.items():
             trial = Trial(name, train_lengths=(n,), test_lengths=(n,), **common, **budgets, **changes)
@@ -172,7 +174,7 @@ def _figure2_long() -> Iterator[Case]:
 
 def _warm_up() -> Iterator[Case]:
     methods = {name: changes for name, changes in _recurrent("gru", "GRU").items() if name != "GRU, shuffled"}
-    common = {"hidden": 3, "examples": 100_000, "steps": 6000, "lr": 3e-3, "test_lengths": (10, 50, 100)}
+    common: Fields = {"hidden": 3, "examples": 100_000, "steps": 6000, "lr": 3e-3, "test_lengths": (10, 50, 100)}
     for method, changes in methods.items():
         for warm_up in (0, 1000, 3000) if "SIRE" in method else (0,):
             name = f"{method}, whole weight from step {warm_up}" if warm_up else method
@@ -180,13 +182,13 @@ def _warm_up() -> Iterator[Case]:
 
 
 def _half_range() -> Iterator[Case]:
-    methods: dict[str, dict[str, Any]] = {"GRU": {}, "GRU, shuffled inside the halves": {"fresh": True}}
+    methods: dict[str, Fields] = {"GRU": {}, "GRU, shuffled inside the halves": {"fresh": True}}
     for what, through, weights in (("states", False, (0.1, 1.0)), ("outputs", True, (1.0, 10.0, 100.0))):
         for weight in weights:
             sire = {"through": through, "weight": weight}
             methods[f"SIRE on {what} inside the halves, weight {weight:g}"] = sire | {"swaps": "blocks:4:0.5"}
             methods[f"SIRE on {what} anywhere, weight {weight:g}"] = sire | {"swaps": "uniform:4"}
-    common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 4000, "seconds": 10.0}
+    common: Fields = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 4000, "seconds": 10.0}
     for method, changes in methods.items():
         yield Case("10000 sequences of 4 to 20", method, Trial("half-range", **common, **changes))
 
@@ -194,13 +196,14 @@ def _half_range() -> Iterator[Case]:
 def _swaps() -> Iterator[Case]:
     end = [f"uniform:{k}" for k in (1, 2, 4, 8, 16)] + ["adaptive:uniform:4"]
     swap = [f"adjacent:{k}" for k in (1, 2, 4, 8, "all")] + ["adaptive:adjacent:4"]
-    plain: dict[str, dict[str, Any]] = {"none": {}, "none, shuffled": {"fresh": True}}
+    plain: dict[str, Fields] = {"none": {}, "none, shuffled": {"fresh": True}}
     at_the_swap = {f"{s} at the swap": {"swaps": s, "compare": "swap"} for s in swap}
-    for problem, n, common in (
+    problems: list[tuple[str, int, Fields]] = [
         ("parity", 10, {"hidden": 32, "examples": 40, "lr": 3e-3, "seconds": 4.0}),
         ("range", 10, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 6.0}),
         ("range", 50, {"hidden": 64, "examples": 10_000, "lr": 2e-3, "seconds": 15.0}),
-    ):
+    ]
+    for problem, n, common in problems:
         outputs = _ON_OUTPUTS if problem == "range" else {}
         at_the_end = {f"{s} at the end": outputs | {"swaps": s} for s in end}
         for method, changes in (plain | at_the_end | at_the_swap).items():
@@ -209,7 +212,7 @@ def _swaps() -> Iterator[Case]:
 
 
 def _convergence() -> Iterator[Case]:
-    methods = {
+    methods: dict[str, Fields] = {
         "GRU": {},
         "GRU, shuffled": {"fresh": True},
         "GRU, SIRE as published": {"swaps": "published", "compare": "swap", "weight": 1.0},
@@ -217,7 +220,7 @@ def _convergence() -> Iterator[Case]:
         "GRU, SIRE on outputs": _ON_OUTPUTS,
         "GRU, SIRE on outputs, shuffled": _ON_OUTPUTS | {"fresh": True},
     }
-    common = {"hidden": 64, "examples": 100_000, "lr": 5e-3, "steps": 10_000, "until": 0.9}
+    common: Fields = {"hidden": 64, "examples": 100_000, "lr": 5e-3, "steps": 10_000, "until": 0.9}
     for setting, lengths in (("range of 2 to 100", tuple(range(2, 101))), ("range of 100", (100,))):
         for method, changes in methods.items():
             trial = Trial("range", train_lengths=lengths, test_lengths=(10, 50, 100), **common, **changes)
@@ -231,7 +234,7 @@ _LP_EPOCH = 540  # steps: a tenth of MNIST's 60,000 is held out
 def _lp_mnist_rows() -> Iterator[Case]:
     some = {"swaps": "local:200", "weight": 0.1}
     rnn, gru = ({"model": cell, "cell": cell, "hidden": 128} for cell in ("rnn", "gru"))
-    methods = {
+    methods: dict[str, Fields] = {
         "RNN": rnn,
         "RNN, perturbed anew": rnn | {"fresh": True},
         "RNN, SIRE: 1176 more swaps": rnn | {"swaps": "local:1176", "weight": 0.01},
@@ -247,38 +250,41 @@ def _lp_mnist_rows() -> Iterator[Case]:
 
 
 def _lp_mnist_pixels() -> Iterator[Case]:
-    """Cells of about equal numbers of parameters; a method that others only lean on has one seed."""
-    scan: dict[str, Any] = {"swaps": "adjacent:8", "compare": "swap"}
-    weights = {"weight": (0.1, 1.0, 10.0)}
-    slow = {"lr": (1e-3, 1e-4)}  # what learns nothing at the rate of the others
-    common = {"batch": 100, "lr": 2e-3, "steps": 40 * _LP_EPOCH, "patience": 10}
-
-    def case(method: str, cell: str, hidden: int, seeds: int | None = None, **values: Any) -> Case:
-        changes = {name: value for name, value in values.items() if not isinstance(value, tuple)}
-        choices = {name: value for name, value in values.items() if isinstance(value, tuple)}
-        trial = Trial("lp-mnist-pixels", model=cell, cell=cell, hidden=hidden, **common | changes)
-        return Case(_LP_SETTING, method, trial, _choices(trial, **choices), seeds)
-
-    yield case("GRU", "gru", 64)
-    yield case("GRU, SIRE along the scan", "gru", 64, **scan, **weights)
-    yield case("GRU, perturbed anew", "gru", 64, fresh=True)
-    yield case("GRU, SIRE along the scan, perturbed anew", "gru", 64, fresh=True, **scan, **weights)
-    yield case("GRU, SIRE at all neighbours", "gru", 64, swaps="grid:4", compare="swap", **weights)
-    yield case("GRU, SIRE at vertical neighbours", "gru", 64, 1, swaps="vertical:4", compare="swap", **weights)
-    yield case("GRU, SIRE at vertical neighbours, at the end", "gru", 64, 1, swaps="vertical:1", **weights)
-    yield case("LSTM", "lstm", 56)
-    yield case("LSTM, SIRE along the scan", "lstm", 56, **scan, **weights)
-    for name, cell in (("RNN (tanh)", "rnn"), ("RNN (relu, from the identity)", "irnn")):
-        yield case(name, cell, 112, **slow)
-        yield case(f"{name}, SIRE along the scan", cell, 112, **scan, **slow, **weights)
-    cnn = Trial("lp-mnist", model="cnn", **common | {"lr": 1e-3})
-    yield Case(_LP_SETTING, "CNN", cnn)
+    """Cells of about equal numbers of parameters."""
+    gru, lstm, rnn, irnn = (
+        {"model": cell, "cell": cell, "hidden": hidden}
+        for cell, hidden in (("gru", 64), ("lstm", 56), ("rnn", 112), ("irnn", 112))
+    )
+    scan: Fields = {"swaps": "adjacent:8", "compare": "swap"}
+    fresh: Fields = {"fresh": True}
+    weights: Fields = {"weight": (0.1, 1.0, 10.0)}
+    slow: Fields = {"lr": (1e-3, 1e-4)}  # what learns nothing at the rate of the others
+    methods: dict[str, tuple[Fields, Fields]] = {
+        "GRU": (gru, {}),
+        "GRU, SIRE along the scan": (gru | scan, weights),
+        "GRU, perturbed anew": (gru | fresh, {}),
+        "GRU, SIRE along the scan, perturbed anew": (gru | scan | fresh, weights),
+        "GRU, SIRE at all neighbours": (gru | {"swaps": "grid:4", "compare": "swap"}, weights),
+        "GRU, SIRE at vertical neighbours": (gru | {"swaps": "vertical:4", "compare": "swap"}, weights),
+        "GRU, SIRE at vertical neighbours, at the end": (gru | {"swaps": "vertical:1"}, weights),
+        "LSTM": (lstm, {}),
+        "LSTM, SIRE along the scan": (lstm | scan, weights),
+        "RNN (tanh)": (rnn, slow),
+        "RNN (tanh), SIRE along the scan": (rnn | scan, slow | weights),
+        "RNN (relu, from the identity)": (irnn, slow),
+        "RNN (relu, from the identity), SIRE along the scan": (irnn | scan, slow | weights),
+        "CNN": ({"problem": "lp-mnist", "model": "cnn", "lr": 1e-3}, {}),
+    }
+    common: Fields = {"problem": "lp-mnist-pixels", "batch": 100, "lr": 2e-3, "steps": 40 * _LP_EPOCH, "patience": 10}
+    for method, (changes, choices) in methods.items():
+        trial = Trial(**(common | changes))
+        yield Case(_LP_SETTING, method, trial, _choices(trial, **choices), seeds=1 if "vertical" in method else None)
 
 
 def _points() -> Iterator[Case]:
-    sire = {"swaps": "adjacent:8", "compare": "swap", "fresh": True, "weight": 1.0}
-    published = {"swaps": "published", "compare": "swap", "fresh": True, "weight": 1.0}
-    methods = {
+    sire: Fields = {"swaps": "adjacent:8", "compare": "swap", "fresh": True, "weight": 1.0}
+    published: Fields = {"swaps": "published", "compare": "swap", "fresh": True, "weight": 1.0}
+    methods: dict[str, Fields] = {
         "DeepSets (max)": {"model": "deepsets-max"},
         "GRU, shuffled": {"fresh": True},
         "SIRE": sire,
@@ -286,16 +292,17 @@ def _points() -> Iterator[Case]:
         "Set Transformer (ISAB)": {"model": "isab"},
     }
     for n, hidden, steps in ((100, 128, 1500), (1000, 64, 600)):
-        common = {"hidden": hidden, "steps": steps, "seconds": 80.0, "train_lengths": (n,)}
+        common: Fields = {"hidden": hidden, "steps": steps, "seconds": 80.0, "train_lengths": (n,)}
         for method, changes in methods.items():
             yield Case(f"{n} points", method, Trial("points", **common, **changes))
 
 
 def _points_long() -> Iterator[Case]:
-    fresh, windows = {"fresh": True}, {"window": 100}
-    sire: dict[str, Any] = {"swaps": "adjacent:8", "compare": "swap", "weight": 1.0} | fresh
-    published = {"swaps": "published", "compare": "swap", "weight": 1.0} | fresh
-    methods = {
+    fresh: Fields = {"fresh": True}
+    windows: Fields = {"window": 100}
+    sire = fresh | {"swaps": "adjacent:8", "compare": "swap", "weight": 1.0}
+    published = sire | {"swaps": "published"}
+    methods: dict[str, Fields] = {
         "DeepSets (max)": {"model": "deepsets-max"},
         "GRU, shuffled": fresh,
         "SIRE": sire,
@@ -304,7 +311,7 @@ def _points_long() -> Iterator[Case]:
         "SIRE as published, windows of 100": published | windows,
         "Set Transformer (ISAB)": {"model": "isab"},
     }
-    common = {"hidden": 64, "steps": 6000, "patience": RECORDS, "train_lengths": (1000,), "augment": True}
+    common: Fields = {"hidden": 64, "steps": 6000, "patience": RECORDS, "train_lengths": (1000,), "augment": True}
     for method, changes in methods.items():
         trial = Trial("points", **common, **changes)
         yield Case("1000 points", method, trial, _choices(trial, dropout=(0.0, 0.5)))
@@ -313,21 +320,25 @@ def _points_long() -> Iterator[Case]:
 def _rivals() -> Iterator[Case]:
     others = _DEEP_SETS | _SET_TRANSFORMERS | {"GRU, 20 orders (Janossy)": {"model": "janossy"}}
     for problem in ("parity", "sum", "range", "variance", "max"):
-        sire = {"swaps": "uniform:4"} if problem == "parity" else _ON_OUTPUTS
-        fresh: dict[str, Any] = {"fresh": True}
-        methods = {"GRU, shuffled": fresh, "GRU, SIRE": sire, "GRU, SIRE, shuffled": sire | fresh} | others
-        common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 8.0}
+        sire: Fields = {"swaps": "uniform:4"} if problem == "parity" else _ON_OUTPUTS
+        fresh: Fields = {"fresh": True}
+        methods: dict[str, Fields] = {
+            "GRU, shuffled": fresh,
+            "GRU, SIRE": sire,
+            "GRU, SIRE, shuffled": sire | fresh,
+        } | others
+        common: Fields = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 3000, "seconds": 8.0}
         for method, changes in methods.items():
             trial = Trial(problem, train_lengths=_TWO_TO_TEN, test_lengths=_TO_100, **common, **changes)
             yield Case(f"{problem} of 2 to 10", method, trial)
 
 
 def _lengths() -> Iterator[Case]:
-    methods = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE on outputs": _ON_OUTPUTS}
+    methods: dict[str, Fields] = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE on outputs": _ON_OUTPUTS}
     for longest in (5, 10, 20, 50, 100):
-        common = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 2500}
+        common: Fields = {"hidden": 64, "examples": 10_000, "lr": 2e-3, "steps": 2500}
         for method, changes in methods.items():
-            lengths = {"train_lengths": tuple(range(2, longest + 1)), "test_lengths": (5, 10, 20, 50, 100, 200)}
+            lengths: Fields = {"train_lengths": tuple(range(2, longest + 1)), "test_lengths": (5, 10, 20, 50, 100, 200)}
             yield Case(f"trained on 2 to {longest}", method, Trial("range", **common, **lengths, **changes))
 
 
@@ -408,7 +419,8 @@ def cost_rounds(preset: str) -> int:
 
 def cost(preset: str, finished: Callable[[], None]) -> dict[str, Any]:
     """What the penalty costs in a training step: every way to compute it, timed side by side."""
-    size = {"T": 10, "B": 4, "I": 8, "H": 8} if preset == "quick" else {"T": 100, "B": 64, "I": 256, "H": 256}
+    small: Fields = {"T": 10, "B": 4, "I": 8, "H": 8}
+    size = small if preset == "quick" else {"T": 100, "B": 64, "I": 256, "H": 256}
     rows = []
     for swaps in _COST_SWAPS:
         setting = Setting("GRU", **size, swaps=swaps, compare="swap")

@@ -46,6 +46,8 @@ def sampler(text: str) -> Sampler | None:
 class Numbers(nn.Module):
     """Fixed random features of whole numbers before a model of sequences (T, B, I); Murphy et al."""
 
+    features: Tensor
+
     def __init__(self, vocabulary: int, body: nn.Module) -> None:
         super().__init__()
         self.register_buffer("features", torch.rand(vocabulary, train.EMBEDDING) - 0.5)
@@ -186,7 +188,7 @@ class LocalImages(Classes):
         self.inputs = 1 if by_pixels else self.width
         self.source += f", {self.local_swaps} swaps of neighbouring pixels in each"
         kind, _, count = sampler.partition(":")
-        self._kind, self._seen = kind, None
+        self._kind, self._seen = kind, torch.empty(0)
         # composed once: a batch would take longer to perturb than to learn from
         self._orders, self._penalised = (
             local_orders(swaps.Pairs(n, self.pairs)(pixels, 1024, generator), pixels)
@@ -223,7 +225,7 @@ class LocalImages(Classes):
     def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self._sequences(_in_orders(self._pixels(x), self._orders, generator))
 
-    def penalty(self, model: nn.Module, through: Head) -> Tensor:
+    def penalty(self, model: Any, through: Head) -> Tensor:
         if self._kind not in ("local", "neighbours"):
             return super().penalty(model, through)
 

@@ -6,10 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -141,7 +140,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return list(made.items())
 
 
-def _number(value: dict[str, float | None]) -> str:
+def _number(value: dict[str, Any]) -> str:
     mean, sd = value["mean"], value["sd"]
     digits = 3 if mean < 10 else 1 if mean < 100 else 0
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
@@ -309,14 +308,14 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         most = 1.0 if metric == "accuracy" else math.inf
         if len(rows) > _BANDS or None in sd:
             continue
-        band = [[min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
-        axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
+        lower, upper = ([min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        axes.fill_between(lengths, lower, upper, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("length of the test sequences")
     axes.set_ylabel(metric)
     if metric == "accuracy":
         axes.set_ylim(bottom=0)
     else:
-        _logarithmic(axes, axes.yaxis)
+        _logarithmic(axes, "y")
 
 
 def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
@@ -333,12 +332,13 @@ def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, An
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
     axes.set_xlabel(metric if len(values) == 1 else f"{metric} at {column}")
     if metric != "accuracy":
-        _logarithmic(axes, axes.xaxis)
+        _logarithmic(axes, "x")
 
 
-def _logarithmic(axes: Axes, axis: Axis) -> None:
+def _logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
     """For errors; with numbers as a person writes them."""
-    axes.set(**{f"{axis.axis_name}scale": "log"})
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
@@ -356,7 +356,7 @@ def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str,
     if metric == "accuracy":
         axes.set_ylim(0, 1.02)
     else:
-        _logarithmic(axes, axes.yaxis)
+        _logarithmic(axes, "y")
 
 
 def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:

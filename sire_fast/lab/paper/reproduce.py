@@ -41,11 +41,7 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
             raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
-    if name == "cost":
-        cases = []
-    else:
-        cases = list(EXPERIMENTS[name].cases())
-        seeds = seeds or (1 if preset == "quick" else EXPERIMENTS[name].seeds)
+    cases = [] if name == "cost" else list(EXPERIMENTS[name].cases())
     uses = {"lp-mnist": data.images, "lp-mnist-pixels": data.images, "points": data.points}
     reads = {case.trial.problem for case in cases} & set(uses)
     if path is not None and not reads:
@@ -53,11 +49,12 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
     for problem in reads:
         uses[problem](path)  # errors before the first trial
     rows = []
+    count = seeds or (1 if preset == "quick" or not cases else EXPERIMENTS[name].seeds)
     for case in experiments.quick(cases) if preset == "quick" else cases:
         trial, *choices = (replace(t, data=None if path is None else str(path)) for t in (case.trial, *case.choices))
         words = re.sub(r"[^a-z0-9.]+", "-", f"{case.setting} {case.method}".lower()).strip("-")
         files = [out / name / f"{words}-choice-{n}.json" for n in range(len(choices))]
-        results = [out / name / f"{words}-{seed}.json" for seed in range(min(seeds, case.seeds or seeds))]
+        results = [out / name / f"{words}-{seed}.json" for seed in range(min(count, case.seeds or count))]
         rows.append(Row(case._replace(trial=trial, choices=tuple(choices)), files, results))
     return rows
 

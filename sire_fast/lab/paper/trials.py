@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sire_fast.lab import baselines, benchmark
 from sire_fast.lab.paper import data
@@ -110,8 +110,9 @@ def make_model(trial: Trial, problem: Problem) -> nn.Module:
     """The model of a trial, x (T, B, ...) -> (B, O)."""
 
     def build(name: str, width: int, sampler: Sampler | None = None) -> nn.Module:
+        model: nn.Module
         inputs, outputs = problem.inputs, problem.outputs
-        if name == "cnn":
+        if isinstance(problem, LocalImages) and name == "cnn":
             return baselines.ImageCNN(problem.height, problem.width, outputs)
         if name in ("sab", "isab"):
             inducing = 16 if name == "isab" else 0
@@ -142,6 +143,7 @@ class Progress:
     """What a training has done so far, beside its weights.
 
     Attributes:
+        swapped: what `run` returns as adaptive_swaps.
         losses: task loss and penalty of each step since the last line of the history.
         found: what `run` returns under "steps" and "seconds".
         best, waited: the best line's score, and the lines since.
@@ -170,6 +172,7 @@ class Training:
         self.model = make_model(trial, self.problem)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.measured = copy.deepcopy(self.average) if trial.patience else self.average
+        self.weights: tuple[list[Tensor], list[Tensor]] = [*self.average.parameters()], [*self.model.parameters()]
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=trial.lr, fused=True)
         self.recurrent = next((m for m in self.model.modules() if isinstance(m, baselines.Recurrent)), None)
         sampler = self.recurrent.layer.swaps if self.recurrent else None
@@ -183,6 +186,7 @@ class Training:
         if trial.fresh:
             x = self.problem.reorder(x, self.generator)
         self.model.train()
+        carrying = self.recurrent if trial.window else None
         through = self.recurrent.head if self.recurrent and trial.through else None
         weight = trial.weight * (min(1.0, at.step / trial.warm_up) if trial.warm_up else 1.0)
         for window in x.split(trial.window or len(x)):
@@ -196,17 +200,16 @@ class Training:
                 return False
             self.optimiser.step()
             at.losses.append(values)
-            if trial.window:
-                self.recurrent.initial = self.recurrent.last
-        if trial.window:
-            self.recurrent.initial = None
+            if carrying:
+                carrying.initial = carrying.last
+        if carrying:
+            carrying.initial = None
         if self.schedule:
             at.swapped += self.schedule.k * trial.batch
             self.schedule.step(*at.losses[-1])
         at.step += 1
         with torch.no_grad():  # AveragedModel of torch's swa_utils would begin with the first step's weights
-            weights = [*self.average.parameters()], [*self.model.parameters()]
-            torch._foreach_lerp_(*weights, 1 - min(AVERAGED, at.step / (at.step + 9)))
+            torch._foreach_lerp_(*self.weights, 1 - min(AVERAGED, at.step / (at.step + 9)))
         at.seconds += time.process_time() - began
         return True
 
@@ -360,7 +363,8 @@ def _worker() -> None:
 
 def _end_with_parent() -> None:
     """However that ends: nobody else would stop a training."""
-    multiprocessing.parent_process().join()
+    if parent := multiprocessing.parent_process():
+        parent.join()
     os._exit(1)
 
 
