@@ -238,8 +238,8 @@ def neighbours(height: int, width: int) -> list[tuple[int, int]]:
 
 def local_orders(pairs: Tensor, size: int) -> Tensor:
     """Orders (N, size) in which pairs (N, K, 2) of positions have been exchanged, one after the other."""
-    order, row = torch.arange(size).repeat(len(pairs), 1), torch.arange(len(pairs))
-    for pair in pairs.unbind(1):
-        i, j = pair.unbind(-1)
-        order[row, i], order[row, j] = order[row, j], order[row, i]
+    order = torch.arange(size).repeat(len(pairs), 1)
+    flat, places = order.view(-1), (pairs + size * torch.arange(len(pairs))[:, None, None]).permute(1, 2, 0)
+    for to, of in zip(places.flatten(1), places.flip(1).flatten(1), strict=True):
+        flat.index_copy_(0, to, flat[of])
     return order
