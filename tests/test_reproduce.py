@@ -166,7 +166,7 @@ def test_windows_hand_on_states_but_no_gradients():
 
 # What is chosen must be the best by validation, of trials that no result shows.
 def test_an_experiment_chooses_by_validation(monkeypatch, tmp_path):
-    choices = tuple(replace(TINY, steps=24, lr=lr) for lr in (1e-3, 1e-2, 1e-1))
+    choices = tuple(replace(TINY, steps=24, lr=lr, patience=50) for lr in (1e-3, 1e-2, 1e-1))
     case = experiments.Case("s", "m", choices[0], choices, seeds=2)
     monkeypatch.setitem(EXPERIMENTS, "tiny", experiments.Experiment("about", lambda: iter([case])))
     original, ran = trials.run, []
@@ -176,9 +176,9 @@ def test_an_experiment_chooses_by_validation(monkeypatch, tmp_path):
     found, made = reproduce.reproduce(
         "tiny", "full", reproduce.plan("tiny", "full", 3, None, tmp_path), tmp_path, 1, lambda: None
     )
-    assert [(t.seed, t.steps, t.lr) for t in ran] == [
-        *((experiments.CHOOSING_SEED, 3, lr) for lr in (1e-3, 1e-2, 1e-1)),
-        *((seed, 24, 1e-2) for seed in range(2)),
+    assert [(t.seed, t.steps, t.lr, t.patience) for t in ran] == [
+        *((experiments.CHOOSING_SEED, 3, lr, 0) for lr in (1e-3, 1e-2, 1e-1)),  # nothing stops so short a trial
+        *((seed, 24, 1e-2, 50) for seed in range(2)),
     ]
     assert found["rows"][0]["chosen"] == {"lr": 0.01}
     assert "lr 0.01" in report.markdown("tiny", [], made)

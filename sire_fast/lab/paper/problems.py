@@ -180,7 +180,6 @@ class LocalImages(Classes):
         self.height, self.width = split.x.shape[1:]
         pixels = self.height * self.width
         self.pairs = neighbours(self.height, self.width)
-        self.by_pixels = by_pixels
         self.local_swaps = LOCAL_SWAPS * pixels // 784
         generator = torch.Generator().manual_seed(_DATA_SEED)
         split = split._replace(x=self._perturbed(split.x, generator), test_x=self._perturbed(split.test_x, generator))

@@ -32,7 +32,6 @@ from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
 
 AVERAGED = 0.998  # part of the averaged weights that a step keeps: they stand in for a schedule of the learning rate
-RECORDS = 50  # lines of history of a trial
 SAVED_EVERY = 60.0  # seconds between checkpoints
 
 Problem = Sequences | Classes
@@ -59,6 +58,7 @@ class Trial:
         augment: stretch and turn point clouds.
         steps: of the optimiser, after which the model is measured, as after
         seconds: of training, of one core.
+        records: lines of the history, each with a validation.
         until: stop where validation reaches it.
         patience: lines of the history without better validation after which to stop; what is measured is then the
             model of the best line. 0 for the last model after all steps.
@@ -92,6 +92,7 @@ class Trial:
     dropout: float = 0.0
     window: int = 0
     augment: bool = False
+    records: int = 50
 
 
 def make_problem(trial: Trial, generator: torch.Generator) -> Problem:
@@ -274,7 +275,7 @@ def run(trial: Trial, checkpoint: Path | None = None) -> dict[str, Any]:
     if checkpoint and checkpoint.exists():
         training.load(checkpoint)
     at, saved = training.at, time.monotonic()
-    every = math.ceil(trial.steps / RECORDS)
+    every = math.ceil(trial.steps / trial.records)
     while len(at.found) < 2:
         if checkpoint and time.monotonic() - saved >= SAVED_EVERY:
             training.save(checkpoint)
