@@ -72,7 +72,7 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["published"] = published
                 if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
                     row["gap"] = row["metrics"][own]["test"]["mean"] - published
-            if experiment.picture in ("history", "epochs"):
+            if experiment.picture in ("history", "epochs") and budget == "steps":
                 row["epoch"] = runs[0]["epoch"]
                 row["history"] = [run["history"] for run in runs]
             rows.append(row)
