@@ -10,7 +10,8 @@ import torch
 from bench import aot, model
 from bench.machine_code import Code, parse
 from bench.model import BARRIER, CHIPS, MATRIX, SETTING, Size, kind, simulated
-from sire_fast.backends import gpu, triton
+from sire_fast import backends
+from sire_fast.backends import gpu
 
 H100 = CHIPS[90]
 
@@ -141,16 +142,28 @@ def test_the_floor_is_that_of_products():
     assert barriers["forward"] == barriers["backward"] == pytest.approx(BARRIER / 1755)
 
 
-def test_who_is_predicted_to_be_the_fastest(monkeypatch):
+def test_who_is_predicted_to_be_the_fastest_is_asked_first(monkeypatch):
     monkeypatch.setattr(gpu, "PREDICTED_HIDDEN", (32, 64))
     rows = {("gru", "bfloat16", "triton"): (1.0, 3.0), ("gru", "bfloat16", "cuda"): (2.0, 2.0)}
     monkeypatch.setattr(gpu, "PREDICTED", rows | {("lstm", "bfloat16", "cuda"): (1.0, math.inf)})
-    call = {"cell": "gru", "dtype": torch.bfloat16, "device": "cuda", "hidden_size": 32}
-    assert gpu.predicted_fastest(**call) == ["triton", "cuda"]
-    assert gpu.predicted_fastest(**call | {"hidden_size": 33, "dtype": torch.float16}) == ["cuda", "triton"]
-    for other in ({"hidden_size": 65}, {"device": "cpu"}, {"dtype": torch.float64}, {"cell": "rnn_relu"}):
-        assert gpu.predicted_fastest(**call | other) == []
-    assert gpu.predicted_fastest(**call | {"cell": "lstm", "hidden_size": 64}) == []
+    call = {"cell": "gru", "dtype": torch.bfloat16, "hidden_size": 32}
+    assert gpu.predicted(**call) == {"triton": 1.0, "cuda": 2.0}
+    assert [*gpu.predicted(**call | {"hidden_size": 33, "dtype": torch.float16})] == ["cuda", "triton"]
+    for other in ({"hidden_size": 65}, {"dtype": torch.float64}, {"cell": "rnn_relu"}):
+        assert gpu.predicted(**call | other) == {}
+    asked: list[str] = []
+    monkeypatch.setattr(backends, "why_not", lambda name, **_: [asked.append(name)] and ["no"])
+    for hidden, order in ((32, ["cpu", "triton", "cuda"]), (64, ["cpu", "triton", "cuda"])):
+        assert backends.why_no_kernel(**call | {"hidden_size": hidden}, device="cpu") == ["no"] * 3
+        assert asked == order
+        asked.clear()
+    for hidden, order in ((32, ["triton", "cuda", "cpu"]), (64, ["cuda", "triton", "cpu"])):
+        assert backends.choose("auto", **call | {"hidden_size": hidden}, device="cuda") == "reference"
+        assert asked == order
+        asked.clear()
+    monkeypatch.setattr(gpu, "fastest", lambda **_: "triton")
+    assert backends.choose("auto", **call | {"hidden_size": 64}, device="cuda") == "reference"
+    assert asked == ["triton", "cuda", "cpu"]
 
 
 def test_the_table_is_complete():
@@ -159,21 +172,12 @@ def test_the_table_is_complete():
     assert {len(row) for row in gpu.PREDICTED.values()} == {len(gpu.PREDICTED_HIDDEN)}
 
 
-def test_what_streams_too_long(monkeypatch):
-    def slower(cell, dtype, hidden):
-        return bool(triton.slower_than_torch(cell=cell, dtype=dtype, hidden_size=hidden))
-
-    assert [slower("gru", torch.bfloat16, H) for H in (209, 210)] == [False, True]
-    assert [slower("gru", torch.float32, H) for H in (104, 105)] == [False, True]
-    monkeypatch.setattr(gpu, "allows_tf32", lambda: True)
-    assert [slower("gru", torch.float32, H) for H in (147, 148)] == [False, True]
-
-
-@pytest.mark.proof
-def test_a_launch_is_predicted():
-    (found,) = aot.done_all(model.of, [Size(90, "gru", "bfloat16", "triton", 32)], 1)
-    assert found.steps == 1
-    products = 16 * 32 * 3 * 32 / (16 * 8 * 16)  # of the matrix unit, between 4 quarters
-    for name in model.DIRECTIONS:
-        assert found.busy[name]["matrix"] == pytest.approx(products / 4 * H100.matrix / H100.ghz / 1e3)
-        assert 0.5 < found.us[name] < 10
+def test_what_is_predicted_to_be_slower_than_cudnn(monkeypatch):
+    monkeypatch.setattr(gpu, "PREDICTED_HIDDEN", (32, 64))
+    monkeypatch.setattr(gpu, "PREDICTED", {("gru", "bfloat16", "cuda"): (gpu.CUDNN, 99.0)})
+    call = {"cell": "gru", "dtype": torch.bfloat16}
+    assert gpu.slower_than_torch("cuda", **call, hidden_size=32) == []
+    (reason,) = gpu.slower_than_torch("cuda", **call, hidden_size=33)
+    assert reason == "cuda: at H=33 a step is predicted to take 99 us, cuDNN's about 28"
+    assert gpu.slower_than_torch("cuda", **call, hidden_size=65)
+    assert gpu.slower_than_torch("triton", **call, hidden_size=32)
