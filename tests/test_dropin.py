@@ -828,7 +828,7 @@ def test_compiles_with_packed_sequences(kind: type[nn.RNNBase], swaps: Any) -> N
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="aot_eager")
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):  # which cannot pad them
+    if torch.__version__ < (2, 13):  # which cannot pad them
         with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="_pad_packed_sequence"):
             compiled(ours, x)
     else:

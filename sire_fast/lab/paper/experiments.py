@@ -221,7 +221,7 @@ def _rivals() -> Iterator[Case]:
 
 def _poker() -> Iterator[Case]:
     fresh: Fields = {"fresh": True}
-    sire: Fields = {"swaps": "uniform:4"}
+    sire: Fields = {"swaps": "uniform:4", "weight": 1.0}
     methods: dict[str, Fields] = {
         "GRU": {},
         "GRU, shuffled": fresh,
@@ -230,7 +230,7 @@ def _poker() -> Iterator[Case]:
     }
     methods |= {"DeepSets (sum)": {"model": "deepsets-sum"}}
     for examples in (1000, 25_010):  # as many as UCI's training set has
-        common: Fields = {"hidden": 64, "examples": examples, "lr": 3e-3, "steps": 4000, "seconds": 10.0}
+        common: Fields = {"hidden": 64, "examples": examples, "lr": 3e-3, "steps": 2500, "seconds": 10.0}
         for method, changes in methods.items():
             yield Case(f"{examples} hands", method, Trial("poker", **common, **changes))
 
