@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sire_fast import backends, functional
-from sire_fast.backends import cpu, gpu, triton
+from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, States
 from sire_fast.reference import SwapRNN, check_swaps, fill_defaults, with_variants
 
@@ -125,7 +125,8 @@ def _why_no_kernel(network: Network) -> list[str]:
         return ["measured: torch's own layer, cuDNN, is the fastest here"]
     if measured:
         return []
-    return triton.slower_than_torch(cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"])
+    serves = backends.choose("auto", **call)
+    return gpu.slower_than_torch(serves, cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"])
 
 
 def with_swaps(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs: Pairs) -> Result:

@@ -106,8 +106,11 @@ def allow_tf32() -> Iterator[dict[str, Callable[[bool], None]]]:
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backends of GPUs, where a test has one as a parameter."""
+def _on_the_cpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Backends of GPUs, where a test has one as a parameter; what they have proven is not for the user's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
     parameters = getattr(request.node, "callspec", None) and request.node.callspec.params.values()
     if parameters and "triton" in parameters:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

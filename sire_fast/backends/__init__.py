@@ -127,7 +127,7 @@ def why_no_kernel(**call: Any) -> list[str]:
 def _first(**call: Any) -> tuple[str, list[str]]:
     """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
     reasons: list[str] = []
-    for name in sorted(KERNELS, key=lambda name: name != gpu.fastest(**call)):
+    for name in _by_speed(**call):
         found = why_not(name, **call)
         if not found and name in PROVEN_BY_USE:
             from sire_fast import proof  # which knows all the rest
@@ -137,6 +137,15 @@ def _first(**call: Any) -> tuple[str, list[str]]:
             return name, reasons
         reasons += found
     return "reference", reasons
+
+
+def _by_speed(**call: Any) -> list[str]:
+    """Kernels in the order in which they are asked: on a GPU as measured, or else as predicted."""
+    if torch.device(call["device"]).type != "cuda":
+        return [*KERNELS]
+    numbers = {name: value for name, value in call.items() if name != "device"}
+    first = [gpu.fastest(**call), *gpu.predicted(**numbers), *KERNELS]
+    return [name for name in dict.fromkeys(first) if name in KERNELS]
 
 
 def forced() -> str | None:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from torch.nn.functional import linear
 
 import sire_fast
 from sire_fast import swaps
-from sire_fast.backends import cpu
+from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS
 from sire_fast.layers import COMPARES
 from sire_fast.reference import with_variants
@@ -103,13 +104,14 @@ class Contestant(NamedTuple):
         label: what it is, for people.
         forward: (module, x (T, B, I), sampler, compare) -> output (T, B, H) and the penalty, None without one.
         prepare: (torch's layer, sampler, compare) -> the module with the layer's weights that `forward` takes.
-        compares: which settings it can run.
+        compares, serves: which settings it can run.
     """
 
     label: str
     forward: Callable[[nn.Module, Tensor, Sampler, str], tuple[Tensor, Tensor | None]]
     prepare: Callable[[nn.RNNBase, Sampler, str], nn.Module] = lambda layer, sampler, compare: layer
     compares: tuple[str, ...] = COMPARES
+    serves: Callable[[Setting], bool] = lambda setting: True
 
 
 class Step:
@@ -312,6 +314,33 @@ def _as_cell(layer: nn.RNNBase, sampler: Sampler, compare: str) -> nn.Module:
     return cell
 
 
+class _TorchRL(nn.Module):
+    """TorchRL's fused kernels with the weights of a layer. They take float32, batch first, and a state for every step,
+    to which a mask may set a sequence back: here never."""
+
+    def __init__(self, layer: nn.RNNBase, sampler: Sampler, compare: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        from torchrl.modules.tensordict_module import _rnn_triton as theirs
+
+        steps, batch, _ = x.shape
+        restarts = torch.zeros(batch, steps, dtype=torch.bool, device=x.device)
+        run, states = (theirs.lstm_triton, 2) if isinstance(self.layer, nn.LSTM) else (theirs.gru_triton, 1)
+        start = torch.zeros(batch, steps, self.layer.hidden_size, device=x.device)
+        weights = [parameter.float() for parameter in self.layer.parameters()]
+        precision = "tf32" if gpu.allows_tf32() else "tf32x3"
+        batch_first = x.transpose(0, 1).float()
+        output, *_ = run(batch_first, *states * [start], *weights, restarts, x.dtype, input_precision=precision)
+        return output.transpose(0, 1).to(x.dtype), None
+
+    @staticmethod
+    def serves(setting: Setting) -> bool:
+        there = find_spec("torchrl") is not None and setting.device.startswith("cuda")
+        return there and setting.cell != "RNN" and setting.dtype in ("float32", "bfloat16")
+
+
 CONTESTANTS = {
     "plain": Contestant("torch.nn without SIRE", _plain),
     "sire_fast plain": Contestant(
@@ -321,12 +350,14 @@ CONTESTANTS = {
     "stacked": Contestant("torch.nn on the stacked variants", _stacked),
     "shared": Contestant("plain PyTorch, prefix shared", _shared),
     "published": Contestant("the authors' procedure, K=1", _published, _as_cell, ("swap",)),
+    "torchrl": Contestant("TorchRL's kernels without SIRE", _plain, _TorchRL, serves=_TorchRL.serves),
+    "torchrl stacked": Contestant("TorchRL's on the stacked variants", _stacked, _TorchRL, serves=_TorchRL.serves),
 }
 
 
 def contestants(setting: Setting) -> list[str]:
     """The names of those who can run a setting, keys of CONTESTANTS."""
-    return [name for name, contestant in CONTESTANTS.items() if setting.compare in contestant.compares]
+    return [name for name, each in CONTESTANTS.items() if setting.compare in each.compares and each.serves(setting)]
 
 
 def measure(
