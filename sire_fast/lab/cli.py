@@ -293,8 +293,8 @@ def bench(
 @app.command("reproduce")
 def reproduce_command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.", show_default=False)],
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, or about an hour.")] = "quick",
-    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 5 full")] = None,
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, or an hour to a day.")] = "quick",
+    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 3 to 20 full")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="File or folder with MNIST or point clouds; generated or small ones if not given."),
@@ -309,10 +309,11 @@ def reproduce_command(
     with _bad_input():
         planned = plan(name, preset, seeds, data, out)
     workers = os.cpu_count() or 1 if preset == "full" else 1
+    trainings = sum(len(row.choices) + len(row.results) for row in planned)
     columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
-            kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", len(planned))
+            kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", trainings)
             bar = progress.add_task(f"{name}, {kind}", total=count)
             _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:

@@ -173,6 +173,16 @@ def _standard(x: Tensor) -> Tensor:
     return x / x.std((1, 2), keepdim=True)
 
 
+def augmented(clouds: Tensor, generator: torch.Generator) -> Tensor:
+    """Clouds (T, B, 3), each stretched along its axes by 0.8 to 1.25 and turned about z by up to 18 degrees, as the
+    authors do with 5000 points."""
+    batch = clouds.shape[1]
+    stretch = 0.8 + 0.45 * torch.rand(batch, 3, generator=generator)
+    angle = 0.1 * torch.pi * (2 * torch.rand(batch, generator=generator) - 1)
+    x, y, z = (clouds * stretch).unbind(-1)
+    return torch.stack((x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos(), z), -1)
+
+
 def _generated(shapes: int) -> Split:
     generator = torch.Generator().manual_seed(0)
     y = torch.arange(len(_SHAPES)).repeat_interleave(shapes + shapes // 4)
@@ -228,8 +238,8 @@ def neighbours(height: int, width: int) -> list[tuple[int, int]]:
 
 def local_orders(pairs: Tensor, size: int) -> Tensor:
     """Orders (N, size) in which pairs (N, K, 2) of positions have been exchanged, one after the other."""
-    order, row = torch.arange(size).repeat(len(pairs), 1), torch.arange(len(pairs))
-    for pair in pairs.unbind(1):
-        i, j = pair.unbind(-1)
-        order[row, i], order[row, j] = order[row, j], order[row, i]
+    order = torch.arange(size).repeat(len(pairs), 1)
+    flat, places = order.view(-1), (pairs + size * torch.arange(len(pairs))[:, None, None]).permute(1, 2, 0)
+    for to, of in zip(places.flatten(1), places.flip(1).flatten(1), strict=True):
+        flat.index_copy_(0, to, flat[of])
     return order

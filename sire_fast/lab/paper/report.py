@@ -44,7 +44,7 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             row = {
                 "setting": case.setting,
                 "method": case.method,
-                "config": {k: v for k, v in asdict(case.trial).items() if k not in ("seed", "data")},
+                "config": {k: v for k, v in runs[0]["trial"].items() if k not in ("seed", "data")},
                 "budget": budget,
                 "metrics": {m: {c: _spread([f["metrics"][c][m] for f in found]) for c in columns} for m in shown},
                 "order_sensitivity": _spread([f["order_sensitivity"]["mean"] for f in found]),
@@ -53,6 +53,9 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 "step": _spread([f["step"] for f in found]),
                 "seconds": _spread([f["seconds"] for f in found]),
             }
+            if case.choices:
+                first, *others = map(asdict, case.choices)
+                row["chosen"] = {k: runs[0]["trial"][k] for k in first if any(o[k] != first[k] for o in others)}
             if runs[0]["adaptive_swaps"]:
                 swaps = [run["adaptive_swaps"] / run["history"][-1]["step"] / case.trial.batch for run in runs]
                 row["swaps_a_step"] = _spread(swaps)
@@ -69,7 +72,8 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["published"] = published
                 if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
                     row["gap"] = row["metrics"][own]["test"]["mean"] - published
-            if experiment.picture == "history":
+            if experiment.picture in ("history", "epochs") and budget == "steps":
+                row["epoch"] = runs[0]["epoch"]
                 row["history"] = [run["history"] for run in runs]
             rows.append(row)
     runs = [run for runs in results for run in runs]
@@ -123,6 +127,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             cells[f"to {target}: epochs, s"] = _times(times)
         if any("swaps_a_step" in r for r in found["rows"]):
             cells["swaps a step"] = f"{row['swaps_a_step']['mean']:.1f}" if "swaps_a_step" in row else "fixed"
+        if any("chosen" in r for r in found["rows"]):
+            cells["chosen"] = ", ".join(f"{k} {v:g}" for k, v in row.get("chosen", {}).items()) or "-"
         cells |= {
             "order sensitivity": f"{row['order_sensitivity']['mean']:.2g}",
             "largest": f"{row['largest_change']:.2g}",
@@ -251,8 +257,8 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
             axes.set_title(f"{panel}: {_drawn(rows[0])[0]}", loc="left", fontsize=10)
             _heat_map(axes, [row for row in rows if row["method"] == panel], LogNorm(min(errors), max(errors)))
             continue
-        if kind == "history":
-            _history(axes, [row for row in rows if row["setting"] == panel], styles)
+        if kind in ("history", "epochs"):
+            _history(axes, [row for row in rows if row["setting"] == panel], styles, kind)
         else:
             here = [row for row in rows if row["setting"] == panel]
             if len(_drawn(here[0])[1]) <= 2:  # no curve
@@ -338,13 +344,19 @@ def _logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], kind: str) -> None:
     for row in rows:
+        key, factor = ("step", row["config"]["batch"] / row["epoch"]) if kind == "epochs" else ("seconds", 1)
         for n, lines in enumerate(row["history"]):
             style = styles[row["method"]] | {"marker": None, "alpha": 0.8}
             label = None if n else row["method"]
-            axes.plot([p["seconds"] for p in lines], [p["validation"] for p in lines], label=label, **style)
-    axes.set(xlabel="seconds of training on a core", ylabel="validation accuracy", ylim=(0, 1.02))
+            axes.plot([factor * p[key] for p in lines], [p["validation"] for p in lines], label=label, **style)
+    metric = next(iter(rows[0]["metrics"]))
+    axes.set(xlabel="epochs" if kind == "epochs" else "seconds of training on a core", ylabel=f"validation {metric}")
+    if metric == "accuracy":
+        axes.set_ylim(0, 1.02)
+    else:
+        _logarithmic(axes, "y")
 
 
 def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:
