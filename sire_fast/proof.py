@@ -311,7 +311,7 @@ class Report(NamedTuple):
 
 def environment(device: torch.device | str) -> dict[str, str]:
     """What a result depends on: versions, device, instruction set."""
-    found = {name: importlib.metadata.version(name) for name in ("sire_fast", "torch")}
+    found = {"sire_fast": importlib.metadata.version("sire_fast"), "torch": torch.__version__}
     if torch.device(device).type != "cuda":
         return found | {"on": platform.machine(), "instruction set": cpu.MISSING or cpu.instruction_set()}
     if find_spec("triton"):

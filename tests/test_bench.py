@@ -172,6 +172,9 @@ def test_bench(capsys, tmp_path):
     assert list(result["contestants"]) == contestants(Setting())
     assert result["contestants"]["plain"]["ratio_to_plain"] == {"lower": 1, "median": 1, "upper": 1}
     assert set(result["machine"]) == {"device", "instruction_set", "threads", "versions", "commit"}
+    if Path(__file__).parents[1].joinpath(".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert result["machine"]["commit"].removesuffix("-dirty") == head.stdout.strip()
     for name, row in result["contestants"].items():
         assert f"{name}:" in told
         assert 0 < row["seconds"]["lower"] <= row["seconds"]["median"] <= row["seconds"]["upper"]

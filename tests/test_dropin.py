@@ -827,7 +827,12 @@ def test_compiles_with_packed_sequences(kind: type[nn.RNNBase], swaps: Any) -> N
         return output.data.sum() + _h(last).sum()
 
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(run, backend="aot_eager")(ours, x), run(theirs, x))
+    compiled = torch.compile(run, backend="aot_eager")
+    if torch.__version__ < (2, 13):  # which cannot pad them
+        with pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="_pad_packed_sequence"):
+            compiled(ours, x)
+    else:
+        torch.testing.assert_close(compiled(ours, x), run(theirs, x))
 
 
 def test_packed_sequences_need_no_default_device(kind: type[nn.RNNBase]) -> None:

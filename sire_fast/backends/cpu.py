@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,11 @@ from torch import Tensor
 from sire_fast import reference
 from sire_fast.cells import CELLS
 
+_C: Any = None
+MISSING = ""
 try:
-    from sire_fast import _C  # type: ignore[attr-defined]  # compiled, without types
-
-    MISSING = ""
+    _C = import_module("sire_fast._C")
 except ImportError as error:
-    _C = None
     MISSING = str(error)
 
 # cell -> how many values of H each a step keeps for its gradient besides the states

@@ -470,7 +470,7 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit of the checkout that this file lies in, with "-dirty" if files have changed since; None if it lies
     in none."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]

@@ -135,6 +135,7 @@ def train_command(
     out: Annotated[Path | None, typer.Option(help="Directory for the run.", show_default="runs/TASK")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that the directory holds.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Directory for TensorBoard, where that is installed.")] = None,
     **settings: Any,
 ) -> None:
     """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt.
@@ -148,8 +149,10 @@ def train_command(
             _check_resume(context, chosen, task)
         else:
             chosen = Run(Config(**settings), out or Path("runs", task))
-    if not resume:
-        with _bad_input():
+    with _bad_input():
+        if log:
+            by_first(lambda: chosen.show_in_tensorboard(log))
+        if not resume:
             by_first(lambda: claim(chosen.directory, force))
     try:
         with _progress() as progress:
@@ -518,7 +521,7 @@ def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
         raise ValueError(f"task: expected {chosen.config.task}, which the run was started with, got {task!r}")
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
-    further = [f"--{name}" for name in given if name not in ("task", "resume")]
+    further = [f"--{name}" for name in given if name not in ("task", "resume", "log")]
     if further:
         raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")
     if chosen.processes != chosen.trained_by:

@@ -219,6 +219,7 @@ class Run:
         self.seconds = 0.0
         self.sums = [0.0, 0.0, 0]  # loss, penalty and number of steps since the last line of the history
         self.history: list[dict[str, float]] = []
+        self.board: Any = None
         lengths = self.task.train_lengths
         share, rest = divmod(config.examples, len(lengths))
         counts = [share + (n < rest) for n in range(len(lengths))]
@@ -295,6 +296,22 @@ class Run:
         self.history.append(line)
         with (self.directory / HISTORY).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name in ("loss", "penalty", self.task.metric):
+                self.board.add_scalar(name, line[name], self.step)
+            self.board.flush()
+
+    def show_in_tensorboard(self, directory: Path) -> None:
+        """Write the lines of the history there from now on, for TensorBoard.
+
+        Raises:
+            ValueError: it is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("log: TensorBoard is not installed: pip install tensorboard") from None
+        self.board = SummaryWriter(directory, purge_step=self.step + 1)
 
     def save(self) -> None:
         """Write the checkpoint."""

@@ -336,6 +336,22 @@ def _rivals() -> Iterator[Case]:
             yield Case(f"{problem} of 2 to 10", method, trial)
 
 
+def _poker() -> Iterator[Case]:
+    fresh: Fields = {"fresh": True}
+    sire: Fields = {"swaps": "uniform:4", "weight": 1.0}
+    methods: dict[str, Fields] = {
+        "GRU": {},
+        "GRU, shuffled": fresh,
+        "GRU, SIRE": sire,
+        "GRU, SIRE, shuffled": sire | fresh,
+    }
+    methods |= {"DeepSets (sum)": {"model": "deepsets-sum"}}
+    for examples in (1000, 25_010):  # as many as UCI's training set has
+        common: Fields = {"hidden": 64, "examples": examples, "lr": 3e-3, "steps": 2500, "seconds": 10.0}
+        for method, changes in methods.items():
+            yield Case(f"{examples} hands", method, Trial("poker", **common, **changes))
+
+
 def _lengths() -> Iterator[Case]:
     methods: dict[str, Fields] = {"GRU": {}, "GRU, shuffled": {"fresh": True}, "GRU, SIRE on outputs": _ON_OUTPUTS}
     for longest in (5, 10, 20, 50, 100):
@@ -407,6 +423,7 @@ EXPERIMENTS = {
         targets=(0.25, 0.5, 0.75, 0.9),
     ),
     "lengths": Experiment("length of training against length of the test", _lengths, "heat map", at=("100",)),
+    "poker": Experiment("worth of five cards, whose order does not matter", _poker),
     "rivals": Experiment("all tasks against models that ignore order by construction", _rivals, at=("50",)),
 }
 
