@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,11 @@ from sire_fast.backends import gpu
 from sire_fast.backends.gpu import Call
 from sire_fast.cells import CELLS
 
+_cuda: Any = None
+MISSING = ""
 try:
-    from sire_fast import _cuda  # type: ignore[attr-defined]  # compiled, without types
-
-    MISSING = ""
+    _cuda = import_module("sire_fast._cuda")
 except ImportError as error:
-    _cuda = None
     MISSING = str(error)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
