@@ -152,7 +152,7 @@ def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Se
             call.states(output, cells), call.states(h_n, c_n), call.states(variants, variant_cells), penalty,
             gates, spans,
             T, B, K, H, S, N, V,
-            KEPT=CELLS[cell].kept if gates.numel() else 0, SPANS=keeps_spans,
+            KEPT=CELLS[cell].kept if gates.numel() else 0, SPANS=keeps_spans, RING=not train,
             **constants(cell, H, how, arithmetic(x.dtype)),
         )  # fmt: skip
 
@@ -176,7 +176,7 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
 
     dx_proj, du = empty(T * B, G * H, x.dtype), empty(T * B, G * H, x.dtype)
     d_spans = empty(B * K * S, D * H, x.dtype)
-    d_first = empty(B * K, len(start) * H, call.wide)
+    d_first = empty(B * K, H, call.wide)
     carry = empty(0 if how.resident else programs * how.rows, len(start) * H, call.wide)
     d_start = tuple(torch.empty_like(s) for s in start)
     with torch.cuda.device_of(x):

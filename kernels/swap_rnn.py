@@ -28,7 +28,7 @@ gates that the backward needs, D different blocks of gate gradients. Tuples hold
     gates                  (T*B + B*K*S, KEPT*H), the originals' first
     spans                  (B*K*S, STATES*H)
     d_spans                (B*K*S, D*H), in the dtype of gates
-    d_first                (B*K, STATES*H), what a variant owes to the states before its swap, but for the product
+    d_first                (B*K, H), what a variant owes to the last state before its swap, but for the product
     carry                  (programs*R, STATES*H), the gradients of states where W_hh streams
     end_times, end_order   (B, K), the ends of a sequence's variants, latest first, and whose they are; so for starts
 
@@ -53,9 +53,10 @@ def _positions(swaps, ends, v, rows, T):
 
 
 @triton.jit
-def _rows(p, N, V, swaps, ends, lengths, T, B, K, R: tl.constexpr):
+def _rows(p, N, V, swaps, ends, lengths, T, B, K, longest, R: tl.constexpr):
     """The rows of pass p: their sequence b, variant v = b * K + k, positions i and j, last step, and whether each is
-    an original, a variant, or a variant that moves anything and so is run. Originals have i = j = T."""
+    an original, a variant, or a variant that moves anything and so is run, for `longest` steps at most. Originals have
+    i = j = T."""
     row = tl.arange(0, R)
     n_dense = tl.maximum(K - V, 1)
     dense = (p - 1) * R + row
@@ -64,10 +65,12 @@ def _rows(p, N, V, swaps, ends, lengths, T, B, K, R: tl.constexpr):
     b = tl.program_id(0) * N + sequence
     valid = (sequence < N) & (b < B)
     variant = valid & (k >= 0)
-    v = (b * K + k).to(tl.int64)
+    v = b * K + k
     i, j, stop = _positions(swaps, ends, v, variant, T)
     length = tl.minimum(tl.maximum(tl.load(lengths + b, valid, 1), 1), T).to(tl.int32)
-    return b, v, i, j, tl.where(variant, stop, length - 1), valid & (k < 0), variant, variant & (i < j)
+    moving = variant & (i < j)
+    stop = tl.where(moving, tl.minimum(stop, i + longest - 1), stop)
+    return b, v, i, j, tl.where(variant, stop, length - 1), valid & (k < 0), variant, moving
 
 
 @triton.jit
@@ -84,50 +87,160 @@ def _steps(p, T, i, stop, moving):
 @triton.jit
 def _source(t, b, i, j, B):
     """The row of x that a row reads at step t."""
-    return tl.where(t == i, j, tl.where(t == j, i, t)).to(tl.int64) * B + b
+    return tl.where(t == i, j, tl.where(t == j, i, t)) * B + b
 
 
 @triton.jit
-def _before(n: tl.constexpr, t, b, v, i, start, tracks, spans, B, H, S):
+def _slot(t, v, i, S, RING: tl.constexpr):
+    """The row of `spans` of a variant's step t."""
+    step = t - i
+    if RING:
+        step = step % 2
+    return v * S + step
+
+
+@triton.jit
+def _either(rows, a, b, ALIGN: tl.constexpr):
+    """Addresses a in some rows and b in the others. That both are aligned the compiler does not see by itself."""
+    BYTES: tl.constexpr = ALIGN * a.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(tl.where(rows, a, b), [BYTES if BYTES < 16 else 16] * len(rows.shape))
+
+
+@triton.jit
+def _row(pointer, row, H):
+    return pointer + row.to(tl.int64) * H
+
+
+@triton.jit
+def _before(n: tl.constexpr, t, b, v, i, start, tracks, spans, B, H, S, RING: tl.constexpr, ALIGN: tl.constexpr):
     """Where state n of each row before step t lies: in its span, or in the original's states, or at the start."""
-    original = tl.where(t > 0, tracks[n] + ((t - 1).to(tl.int64) * B + b) * H, start[n] + b.to(tl.int64) * H)
-    own = spans + ((v * S + (t - 1 - i) % S) * len(tracks) + n) * H
-    return tl.where(t > i, own, original)
+    original = _either(t > 0, _row(tracks[n], (t - 1) * B + b, H), _row(start[n], b, H), ALIGN)
+    own = _row(spans, _slot(t - 1, v, i, S, RING) * len(tracks) + n, H)
+    return _either(t > i, own, original, ALIGN)
 
 
 @triton.jit
-def _load_states(t, b, v, i, rows, unit, start, tracks, spans, B, H, S):
+def _load_states(
+    t, b, v, i, rows, unit, start, tracks, spans, B, H, S, RING: tl.constexpr, ALIGN: tl.constexpr
+):  # fmt: skip
     s = ()
     for n in tl.static_range(len(tracks)):
-        address = _before(n, t, b, v, i, start, tracks, spans, B, H, S)
+        address = _before(n, t, b, v, i, start, tracks, spans, B, H, S, RING, ALIGN)
         s = s + (tl.load(address[:, None] + unit, rows[:, None] & (unit < H)[None, :], 0.0),)
     return s
 
 
 @triton.jit
-def _store(pointer, row, blocks, rows, unit, H):
-    """Blocks of units at `row`, `row` + 1, ... of rows of H."""
-    for n in tl.static_range(len(blocks)):
-        tl.store(pointer + (row + n)[:, None] * H + unit, blocks[n], rows[:, None] & (unit < H)[None, :])
+def _beside(blocks):
+    """1 to 4 blocks as one, (1, 2 or 4, rows, units): what is moved as one changes its layout as one, behind one barrier in
+    place of one for each block."""
+    R: tl.constexpr = blocks[0].shape[0]
+    UNITS: tl.constexpr = blocks[0].shape[1]
+    if len(blocks) == 1:
+        together = blocks[0][None, :, :]
+    elif len(blocks) == 2:
+        together = tl.join(blocks[0], blocks[1]).permute(2, 0, 1)
+    else:
+        even, odd = tl.join(blocks[0], blocks[2]), tl.join(blocks[1], blocks[len(blocks) // 4 * 3])
+        together = tl.join(even, odd).permute(2, 3, 0, 1).reshape(4, R, UNITS)
+    return together
 
 
 @triton.jit
-def _load(pointer, row, rows, unit, H, COUNT: tl.constexpr):
-    blocks = ()
-    for n in tl.static_range(COUNT):
-        address = pointer + (row + n)[:, None] * H + unit
-        blocks = blocks + (tl.load(address, rows[:, None] & (unit < H)[None, :], 0.0),)
+def _in_line(blocks):
+    """1, 2 or 4 blocks in one, (rows, 1, 2 or 4 times the units)."""
+    COUNT: tl.constexpr = len(blocks)
+    if COUNT == 1:
+        line = blocks[0]
+    elif COUNT == 2:
+        line = tl.join(blocks[0], blocks[1]).permute(0, 2, 1)
+    else:
+        line = tl.join(tl.join(blocks[0], blocks[2]), tl.join(blocks[1], blocks[3])).permute(0, 2, 3, 1)
+    return line.reshape(blocks[0].shape[0], COUNT * blocks[0].shape[1])
+
+
+@triton.jit
+def _apart(together, COUNT: tl.constexpr):
+    """The blocks that were loaded as one, (rows, 1, 2 or 4, units)."""
+    R: tl.constexpr = together.shape[0]
+    UNITS: tl.constexpr = together.shape[2]
+    if COUNT == 1:
+        blocks = (together.reshape(R, UNITS),)
+    elif COUNT == 2:
+        blocks = together.permute(0, 2, 1).split()
+    else:
+        even, odd = together.reshape(R, 2, 2, UNITS).permute(0, 3, 1, 2).split()
+        first, third = even.split()
+        second, fourth = odd.split()
+        blocks = (first, second, third)
+        if COUNT == 4:
+            blocks = blocks + (fourth,)
     return blocks
 
 
 @triton.jit
-def _kept(t, b, v, i, original, rows, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT: tl.constexpr):
-    """The states before step t, for rows that go on to it or end before it, and the gates of step t."""
-    begins = tl.where(original, 0, i)
-    inside = rows & (t >= begins)
-    s = _load_states(t, b, v, i, inside & (t <= stop + 1), unit, start, tracks, spans, B, H, S)
-    row = tl.where(original, t.to(tl.int64) * B + b, T.to(tl.int64) * B + v * S + (t - i) % S)
-    return s, _load(gates, row * KEPT, inside & (t <= stop), unit, H, KEPT)
+def _rows_from(base, COUNT: tl.constexpr, H):
+    """Addresses of COUNT rows of H, and up to a power of two, from each base on."""
+    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
+    return base[None, :] + tl.arange(0, WIDTH)[:, None] * H
+
+
+@triton.jit
+def _mask(rows, unit, H, COUNT: tl.constexpr):
+    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
+    return (rows[None, :] & (tl.arange(0, WIDTH) < COUNT)[:, None])[:, :, None] & (unit < H)[None, None, :]
+
+
+@triton.jit
+def _load_beside(base, rows, unit, H, COUNT: tl.constexpr):
+    """Blocks of units of COUNT rows of H from each base on, as one. Their order is not that of `_beside`: where a thread
+    had the same units of all blocks, each block would change its layout by itself."""
+    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
+    n = tl.arange(0, WIDTH)[None, :]
+    mask = (rows[:, None] & (n < COUNT))[:, :, None] & (unit < H)[None, None, :]
+    return tl.load((base[:, None] + n * H)[:, :, None] + unit, mask, 0.0)
+
+
+@triton.jit
+def _load(base, rows, unit, H, COUNT: tl.constexpr):
+    return _apart(_load_beside(base, rows, unit, H, COUNT), COUNT)
+
+
+@triton.jit
+def _store(base, blocks, rows, unit, H):
+    """Blocks of units to as many rows of H from each base on."""
+    COUNT: tl.constexpr = len(blocks)
+    tl.store(_rows_from(base, COUNT, H)[:, :, None] + unit, _beside(blocks), _mask(rows, unit, H, COUNT))
+
+
+@triton.jit
+def _any(rows):
+    return tl.max(rows.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _soon(
+    t, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S,
+    KEPT: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """What step t of the way back reads, each as one: the last state before it, of rows that go on to it or end before
+    it, with the gradient of the first state behind it; and the gates."""
+    inside = live & (t >= tl.where(original, 0, i))
+    running = inside & (t <= stop)
+    LAST: tl.constexpr = len(tracks) - 1
+    base = _before(LAST, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)[:, None]
+    until = stop[:, None] + 1
+    if d_tracks[0] is not None:
+        first = tl.arange(0, 2)[None, :] == 0
+        base = _either(first, base, _row(d_tracks[0], t * B + b, H)[:, None], ALIGN)
+        until = tl.where(first, until, tl.where(original, stop, -1)[:, None])
+    rows = inside[:, None] & (t[:, None] <= until)
+    states = tl.load(base[:, :, None] + unit, rows[:, :, None] & (unit < H)[None, None, :], 0.0)
+    kept = ()
+    if KEPT:
+        row = tl.where(original, t * B + b, T * B + v * S + (t - i))
+        kept = _load_beside(_row(gates, row, KEPT * H), running, unit, H, KEPT)
+    return states, kept
 
 
 @triton.jit
@@ -140,12 +253,27 @@ def _load_weights(w_hh, to, unit, H, G: tl.constexpr):
 
 
 @triton.jit
+def _load_stack(w_hh, g: tl.constexpr, COUNT: tl.constexpr, unit, H):
+    """W_hh of COUNT gates, from gate g on, below each other."""
+    UNITS: tl.constexpr = unit.shape[0]
+    row = tl.arange(0, COUNT * UNITS)
+    to = row % UNITS
+    address = w_hh + ((g + row // UNITS) * H + to)[:, None] * H + unit
+    return tl.load(address, (to < H)[:, None] & (unit < H)[None, :], 0.0)
+
+
+@triton.jit
 def _product(a, w, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """The product of a block of rows with each of the blocks of W_hh."""
     u = ()
     for g in tl.static_range(len(w)):
         u = u + (tl.dot(a.to(w[g].dtype), w[g], input_precision=PRECISION, out_dtype=WIDE),)
     return u
+
+
+@triton.jit
+def _through(du, w, total, PRECISION: tl.constexpr):
+    return tl.dot(du, w, total, input_precision=PRECISION, out_dtype=total.dtype)
 
 
 @triton.jit
@@ -205,64 +333,69 @@ def forward_kernel(
     x_proj, w_hh, b_hh, start, swaps, ends, lengths,
     tracks, last, ended, penalty, gates, spans,
     T, B, K, H, S, N, V,
-    STEP: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, SPANS: tl.constexpr, RESIDENT: tl.constexpr,
-    PRECISION: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
+    STEP: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, SPANS: tl.constexpr, RING: tl.constexpr,
+    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Runs the originals and variants of N sequences.
 
-    KEPT: blocks of gates that are kept, 0 for none. SPANS: whether the states of the spans are kept.
+    KEPT: blocks of gates that are kept, 0 for none. SPANS: whether the states of the spans are kept; with RING of the
+    last two steps alone.
     """
     H = H // ALIGN * ALIGN
     wide: tl.constexpr = spans.dtype.element_ty
+    STATES: tl.constexpr = len(tracks)
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
         unit = tl.arange(0, BH)
         w = _load_weights(w_hh, unit[None, :], unit[:, None], H, G)
     for p in range(_passes(N, V, K, R)):
-        b, v, i, j, stop, original, variant, moving = _rows(p, N, V, swaps, ends, lengths, T, B, K, R)
+        longest = T if RING or not SPANS else S
+        b, v, i, j, stop, original, variant, moving = _rows(p, N, V, swaps, ends, lengths, T, B, K, longest, R)
         origin = tl.where(p == 0, 0, i)
         begin = tl.where(original | RESIDENT, 0, i)
         live = original | moving
         if RESIDENT:
-            s = _load_states(origin, b, v, i, live, unit, start, tracks, spans, B, H, S)
-            soon = _load(x_proj, _source(origin, b, i, j, B) * G, live, unit, H, G)
+            s = _load_states(origin, b, v, i, live, unit, start, tracks, spans, B, H, S, RING, ALIGN)
+            soon = _load_beside(_row(x_proj, _source(origin, b, i, j, B), G * H), live, unit, H, G)
         for tau in range(_steps(p, T, i, stop, moving)):
             t = origin + tau
             running = live & (t >= begin) & (t <= stop)
             own = moving & (t >= i) & (t <= stop)
-            at = t.to(tl.int64) * B + b
-            in_span = v * S + (t - i) % S
+            at = t * B + b
+            in_span = _slot(t, v, i, S, RING)
             for block in range(blocks):
                 if RESIDENT:
-                    x = soon  # what the next step reads comes during this one
-                    soon = _load(x_proj, _source(t + 1, b, i, j, B) * G, live & (t < stop), unit, H, G)
+                    x = _apart(soon, G)  # what the next step reads comes during this one
+                    soon = _load_beside(_row(x_proj, _source(t + 1, b, i, j, B), G * H), live & (t < stop), unit, H, G)
                     u = _product(s[0], w, wide, PRECISION)
                 else:
                     unit = block * BH + tl.arange(0, BH)
-                    h = _before(0, t, b, v, i, start, tracks, spans, B, H, S)
+                    h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, RING, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    s = _load_states(t, b, v, i, running, unit, start, tracks, spans, B, H, S)
-                    x = _load(x_proj, _source(t, b, i, j, B) * G, running, unit, H, G)
-                inside = (unit < H)[None, :]
-                after, kept = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
-                for n in tl.static_range(len(tracks)):
-                    # beyond a sequence's length its states are 0
-                    tl.store(
-                        tracks[n] + at[:, None] * H + unit,
-                        tl.where(running[:, None], after[n], 0),
-                        original[:, None] & inside,
-                    )
+                    s = _load_states(t, b, v, i, running, unit, start, tracks, spans, B, H, S, RING, ALIGN)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, unit, H, G)
+                after, kept = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s[STATES - 1])
+                # an original's states go to its track, 0 beyond its length, a variant's to its span
+                rows = original
+                if SPANS:
+                    rows = original | own
+                address = ()
+                for n in tl.static_range(STATES):
+                    track = _row(tracks[n], at, H)
                     if SPANS:
-                        address = spans + (in_span * len(tracks) + n)[:, None] * H + unit
-                        tl.store(address, after[n], own[:, None] & inside)
-                    tl.store(ended[n] + v[:, None] * H + unit, after[n], (own & (t == stop))[:, None] & inside)
-                for n in tl.static_range(KEPT):
-                    row = tl.where(original, at, T.to(tl.int64) * B + in_span)
-                    address = gates + (row * KEPT + n)[:, None] * H + unit
-                    tl.store(address, kept[n], (own | (original & running))[:, None] & inside)
+                        track = _either(original, track, _row(spans, in_span * STATES + n, H), ALIGN)
+                    address = address + (track[None, :],)
+                base = address[0]
+                if STATES == 2:
+                    base = _either(tl.arange(0, 2)[:, None] == 0, base, address[1], ALIGN)
+                tl.store(base[:, :, None] + unit, _beside(_keep(running, after)), _mask(rows, unit, H, STATES))
+                if KEPT:
+                    row = tl.where(original, at, T * B + in_span)
+                    kept = _cast(kept, gates.dtype.element_ty)
+                    _store(_row(gates, row, KEPT * H), kept, own | (original & running), unit, H)
                 if RESIDENT:
                     held = ()
-                    for n in tl.static_range(len(tracks)):
+                    for n in tl.static_range(STATES):
                         held = held + (tl.where(running[:, None], after[n], s[n]),)
                     s = held
             if not RESIDENT:
@@ -271,17 +404,19 @@ def forward_kernel(
 
         total = tl.zeros((R,), wide)
         for block in range(blocks):
-            unit = block * BH + tl.arange(0, BH)
+            if not RESIDENT:
+                unit = block * BH + tl.arange(0, BH)
+                s = _load_states(stop + 1, b, v, i, live, unit, start, tracks, spans, B, H, S, RING, ALIGN)
             inside = (unit < H)[None, :]
-            for n in tl.static_range(len(tracks)):
-                address = tracks[n] + (stop.to(tl.int64) * B + b)[:, None] * H + unit
-                base = tl.load(address, (original | variant)[:, None] & inside, 0.0)
-                tl.store(last[n] + b[:, None] * H + unit, base, original[:, None] & inside)
-                address = ended[n] + v[:, None] * H + unit
+            for n in tl.static_range(STATES):
+                address = _row(tracks[n], stop * B + b, H)[:, None] + unit
+                base = tl.load(address, variant[:, None] & inside, 0.0)
+                tl.store(_row(last[n], b, H)[:, None] + unit, s[n], original[:, None] & inside)
                 # a pair that exchanges nothing is the original
-                tl.store(address, base, (variant & ~moving)[:, None] & inside)
+                own_or_base = tl.where(moving[:, None], s[n], base)
+                tl.store(_row(ended[n], v, H)[:, None] + unit, own_or_base, variant[:, None] & inside)
                 if n == 0:
-                    difference = tl.load(address, moving[:, None] & inside, 0.0) - base
+                    difference = own_or_base - base
                     # chosen behind the product: one that is fused with a sum of lanes leaves each of them other bits
                     total += tl.sum(tl.where(moving[:, None], difference * difference, 0), 1)
         tl.store(penalty + v, total, variant)
@@ -308,12 +443,15 @@ def backward_kernel(
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
         unit = tl.arange(0, BH)
-        w = _load_weights(w_hh, unit[:, None], unit[None, :], H, G)
-    slot = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64) * STATES  # in `carry`
+        # the product's rows in line: as few changes of layout as powers of two allow
+        w = (_load_stack(w_hh, 0, G if G < 3 else 4 if G == 4 else 2, unit, H),)
+        if G == 3:
+            w = w + (_load_stack(w_hh, 2, 1, unit, H),)
+    slot = (tl.program_id(0) * R + tl.arange(0, R)) * STATES  # in `carry`
     n_passes = _passes(N, V, K, R)
     for behind in range(n_passes):
         p = n_passes - 1 - behind
-        b, v, i, j, stop, original, _, moving = _rows(p, N, V, swaps, ends, lengths, T, B, K, R)
+        b, v, i, j, stop, original, _, moving = _rows(p, N, V, swaps, ends, lengths, T, B, K, S, R)
         origin = tl.where(p == 0, 0, i)
         begin = tl.where(original, 0, i)
         live = original | moving
@@ -323,139 +461,171 @@ def backward_kernel(
         steps = _steps(p, T, i, stop, moving)
         if RESIDENT:
             t = origin + steps - 1
-            after = _load_states(t + 1, b, v, i, live & (t <= stop), unit, start, tracks, spans, B, H, S)
-            soon_s, soon_kept = _kept(
-                t, b, v, i, original, live, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT
+            after, _ = _soon(
+                t + 1, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S, 0, ALIGN
             )
+            after = _apart(after, 1 if d_tracks[0] is None else 2)[0]
+            soon_states, soon_kept = _soon(
+                t, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT, ALIGN
+            )
+            soon_c = _second(d_tracks, t, b, original & live & (t <= stop), unit, B, H)
         else:
             for block in range(blocks):
                 unit = block * BH + tl.arange(0, BH)
-                _store(carry, slot, d, live, unit, H)
+                _store(_row(carry, slot, H), d, live, unit, H)
             tl.debug_barrier()
-        variants_of = b.to(tl.int64) * K
+        variants_of = b * K
         n_ended = tl.zeros((R,), tl.int32)
         n_started = tl.zeros((R,), tl.int32)
+        end = _event(end_times, variants_of, n_ended, original, K)
+        begins = _event(start_times, variants_of, n_started, original, K)
         for back in range(steps):
             t = origin + steps - 1 - back
             running = live & (t >= begin) & (t <= stop)
-            at = t.to(tl.int64) * B + b
-            in_span = v * S + (t - i) % S
+            at = t * B + b
+            in_span = v * S + (t - i)
             # all but a variant's first step go on through W_hh
             goes_on = running & (original | (t > i))
-            ended_before = n_ended
-            started_before = n_started
+            ended_before, end_before = n_ended, end
+            started_before, begins_before = n_started, begins
             for block in range(blocks):
                 if RESIDENT:
-                    s, kept = soon_s, soon_kept
-                    soon_s, soon_kept = _kept(
-                        t - 1, b, v, i, original, live, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT
-                    )
+                    states, kept, d_c = soon_states, soon_kept, soon_c
+                    soon_states, soon_kept = _soon(
+                        t - 1, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S,
+                        KEPT, ALIGN,
+                    )  # fmt: skip
+                    soon_c = _second(d_tracks, t - 1, b, original & live & (t > 0) & (t <= stop + 1), unit, B, H)
                 else:
                     unit = block * BH + tl.arange(0, BH)
-                    d = _load(carry, slot, live, unit, H, STATES)
-                    s, kept = _kept(
-                        t, b, v, i, original, live, stop, unit, start, tracks, gates, spans, T, B, H, S, KEPT
-                    )
-                    after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S)
-                n_ended = ended_before
-                n_started = started_before
-                mask = running[:, None] & (unit < H)[None, :]
+                    d = _load(_row(carry, slot, H), live, unit, H, STATES)
+                    states, kept = _soon(
+                        t, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT,
+                        ALIGN,
+                    )  # fmt: skip
+                    after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S, False, ALIGN)
+                    after = after[STATES - 1]
+                    d_c = _second(d_tracks, t, b, original & running, unit, B, H)
+                n_ended, end = ended_before, end_before
+                n_started, begins = started_before, begins_before
 
                 # what comes from outside, and from the comparisons that end here
-                dafter = ()
-                for n in tl.static_range(STATES):
-                    dn = d[n]
-                    stops = (t == stop)[:, None] & mask
-                    if d_tracks[n] is not None:
-                        address = d_tracks[n] + at[:, None] * H + unit
-                        dn += tl.load(address, original[:, None] & mask, 0.0)
-                    if d_last[n] is not None:
-                        dn += tl.load(d_last[n] + b[:, None] * H + unit, original[:, None] & stops, 0.0)
-                    if d_ended[n] is not None:
-                        dn += tl.load(d_ended[n] + v[:, None] * H + unit, moving[:, None] & stops, 0.0)
-                    dafter = dafter + (dn,)
-                if d_penalty is not None:
-                    pull = _pull(d_penalty, v, t, i, moving & running & (t == stop), unit, tracks, spans, B, b, H, S)
-                    dafter = _replace_first(dafter, dafter[0] + pull)
-                when = tl.load(end_times + variants_of + n_ended, original & running & (n_ended < K), -1)
-                while tl.max((when == t).to(tl.int32), 0) > 0:
-                    ends_here = when == t
-                    other = variants_of + tl.load(end_order + variants_of + n_ended, ends_here, 0)
-                    other_i, other_j, other_stop = _positions(swaps, ends, other, ends_here, T)
-                    moved = ends_here & (other_i < other_j) & (other_i <= t)
-                    if d_penalty is not None:
-                        pull = _pull(d_penalty, other, t, other_i, moved, unit, tracks, spans, B, b, H, S)
-                        dafter = _replace_first(dafter, dafter[0] - pull)
-                    same = ()
+                dafter = d
+                if d_tracks[0] is not None:
+                    s, d_h = _apart(states, 2)
+                    dafter = _replace_first(dafter, dafter[0] + d_h)
+                else:
+                    s = _apart(states, 1)[0]
+                if STATES == 2:
+                    if d_tracks[1] is not None:
+                        dafter = (dafter[0], dafter[1] + d_c)
+                stops = running & (t == stop)
+                ends_here = running & (end == t)
+                if _any(stops | ends_here):
+                    mask = stops[:, None] & (unit < H)[None, :]
+                    with_last = ()
                     for n in tl.static_range(STATES):
                         dn = dafter[n]
+                        if d_last[n] is not None:
+                            dn += tl.load(_row(d_last[n], b, H)[:, None] + unit, original[:, None] & mask, 0.0)
                         if d_ended[n] is not None:
-                            here = (ends_here & ~moved)[:, None] & mask
-                            dn += tl.load(d_ended[n] + other[:, None] * H + unit, here, 0.0)
-                        same = same + (dn,)
-                    dafter = same
-                    n_ended += ends_here.to(tl.int32)
-                    when = tl.load(end_times + variants_of + n_ended, original & running & (n_ended < K), -1)
+                            dn += tl.load(_row(d_ended[n], v, H)[:, None] + unit, moving[:, None] & mask, 0.0)
+                        with_last = with_last + (dn,)
+                    dafter = with_last
+                    if d_penalty is not None:
+                        pull = _pull(d_penalty, v, t, i, moving & stops, unit, tracks, spans, B, b, H, S)
+                        dafter = _replace_first(dafter, dafter[0] + pull)
+                    while _any(ends_here):
+                        other = variants_of + tl.load(end_order + variants_of + n_ended, ends_here, 0).to(tl.int32)
+                        other_i, other_j, other_stop = _positions(swaps, ends, other, ends_here, T)
+                        moved = ends_here & (other_i < other_j) & (other_i <= t) & (t - other_i < S)
+                        if d_penalty is not None:
+                            pull = _pull(d_penalty, other, t, other_i, moved, unit, tracks, spans, B, b, H, S)
+                            dafter = _replace_first(dafter, dafter[0] - pull)
+                        same = ()
+                        for n in tl.static_range(STATES):
+                            dn = dafter[n]
+                            if d_ended[n] is not None:
+                                here = (ends_here & ~moved)[:, None] & (unit < H)[None, :]
+                                dn += tl.load(_row(d_ended[n], other, H)[:, None] + unit, here, 0.0)
+                            same = same + (dn,)
+                        dafter = same
+                        n_ended += ends_here.to(tl.int32)
+                        end = _event(end_times, variants_of, n_ended, original, K)
+                        ends_here = running & (end == t)
 
                 if RECOMPUTE:
-                    h = _before(0, t, b, v, i, start, tracks, spans, B, H, S)
+                    h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    x = _load(x_proj, _source(t, b, i, j, B) * G, running, unit, H, G)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, unit, H, G)
                     recomputed = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
                     kept = recomputed[1]
+                elif KEPT:
+                    kept = _apart(kept, KEPT)
                 dx_now, du_now, ds = GRADIENT(dafter, s, after, _cast(kept, wide))
 
                 of_variant = moving & running
-                _store(d_spans, in_span * D, du_now, of_variant, unit, H)
+                blocks_now = du_now
                 if D > G:
-                    address = d_spans + (in_span * D + G)[:, None] * H + unit
-                    tl.store(address, dx_now[G - 1], of_variant[:, None] & mask)
-                _store(d_first, v * STATES, ds, of_variant & (t == i), unit, H)
+                    blocks_now = blocks_now + (dx_now[G - 1],)
                 # beyond a sequence's length there is nothing
-                _store(dx, at * G, _keep(running, dx_now), original, unit, H)
+                together = _beside(_cast(_keep(running, blocks_now), dx.dtype.element_ty))
+                base = _either(original, _row(dx, at, G * H), _row(d_spans, in_span, D * H), ALIGN)
+                column = tl.arange(0, together.shape[0])[:, None]
+                last_to_last = tl.where(original[None, :] & (column == D - 1), G - 1, column)
+                stored = (original[None, :] & ((column < G - 1) | (column == D - 1))) | (of_variant[None, :] & (column < D))
+                mask = stored[:, :, None] & (unit < H)[None, None, :]
+                tl.store((base[None, :] + last_to_last * H)[:, :, None] + unit, together, mask)
+                tl.store(_rows_from(_row(du, at, G * H), D, H)[:, :, None] + unit, together, (original[None, :] & (column < G))[:, :, None] & (unit < H)[None, None, :])
 
-                when = tl.load(start_times + variants_of + n_started, original & running & (n_started < K), -1)
-                if tl.max((when == t).to(tl.int32), 0) > 0:
+                starts_here = running & (begins == t)
+                first = of_variant & (t == i)
+                if _any(first | starts_here):
+                    _store(_row(d_first, v, H), (ds,), first, unit, H)
                     tl.debug_barrier()
-                while tl.max((when == t).to(tl.int32), 0) > 0:
-                    starts_here = when == t
-                    other = variants_of + tl.load(start_order + variants_of + n_started, starts_here, 0)
-                    owed = _load(d_spans, other * S * D, starts_here, unit, H, G)
+                while _any(starts_here):
+                    other = variants_of + tl.load(start_order + variants_of + n_started, starts_here, 0).to(tl.int32)
+                    owed = _load(_row(d_spans, other * S, D * H), starts_here, unit, H, G)
                     du_now = _add(du_now, _cast(owed, wide))
-                    ds = _add(ds, _load(d_first, other * STATES, starts_here, unit, H, STATES))
+                    ds += _load(_row(d_first, other, H), starts_here, unit, H, 1)[0]
+                    _store(_row(du, at, G * H), _cast(du_now, du.dtype.element_ty), starts_here, unit, H)
                     n_started += starts_here.to(tl.int32)
-                    when = tl.load(start_times + variants_of + n_started, original & running & (n_started < K), -1)
-                _store(du, at * G, _keep(running, du_now), original, unit, H)
+                    begins = _event(start_times, variants_of, n_started, original, K)
+                    starts_here = running & (begins == t)
+                ds = tl.where(goes_on[:, None], ds, 0)
                 if RESIDENT:
-                    for g in tl.static_range(G):
-                        du_g = tl.where(goes_on[:, None], du_now[g], 0).to(w[g].dtype)
-                        ds = _replace_first(ds, tl.dot(du_g, w[g], ds[0], input_precision=PRECISION, out_dtype=wide))
-                    d = _keep(goes_on, ds)
+                    d_h = ds if STATES == 1 else tl.zeros((R, BH), wide)
+                    du_now = _cast(_keep(goes_on, du_now), w_hh.dtype.element_ty)
+                    d_h = _through(_in_line(du_now[:2] if G == 3 else du_now), w[0], d_h, PRECISION)
+                    if G == 3:
+                        d_h = _through(du_now[2], w[1], d_h, PRECISION)
+                    d = (d_h,) if STATES == 1 else (d_h, ds)
                     after = s
                 else:
-                    _store(carry, slot, ds, live, unit, H)
+                    _store(_row(carry, slot + STATES - 1, H), (ds,), live, unit, H)
 
             if not RESIDENT:
                 tl.debug_barrier()
                 for block in range(blocks):
                     unit = block * BH + tl.arange(0, BH)
-                    ds = _load(carry, slot, goes_on, unit, H, STATES)
-                    address = tl.where(original, du + at * G * H, d_spans + in_span * D * H)
-                    through = tl.zeros((R, BH), wide)
+                    address = _either(original, _row(du, at, G * H), _row(d_spans, in_span, D * H), ALIGN)
+                    d_h = tl.zeros((R, BH), wide)
                     for inner in range(tl.cdiv(H, BK)):
                         column = inner * BK + tl.arange(0, BK)
                         w = _load_weights(w_hh, column[:, None], unit[None, :], H, G)
                         mask = goes_on[:, None] & (column < H)[None, :]
                         for g in tl.static_range(G):
                             du_g = tl.load(address[:, None] + g * H + column, mask, 0.0)
-                            through = tl.dot(du_g, w[g], through, input_precision=PRECISION, out_dtype=wide)
-                    _store(carry, slot, _replace_first(ds, ds[0] + through), live, unit, H)
+                            d_h = _through(du_g, w[g], d_h, PRECISION)
+                    if STATES == 1:
+                        d_h += _load(_row(carry, slot, H), live, unit, H, 1)[0]
+                    _store(_row(carry, slot, H), (d_h,), live, unit, H)
                 tl.debug_barrier()
 
         for block in range(blocks):
             if not RESIDENT:
                 unit = block * BH + tl.arange(0, BH)
-                d = _load(carry, slot, live, unit, H, STATES)
+                d = _load(_row(carry, slot, H), live, unit, H, STATES)
             for n in tl.static_range(STATES):
                 inside = original[:, None] & (unit < H)[None, :]
                 tl.store(d_start[n] + b[:, None] * H + unit, d[n], inside)
@@ -471,11 +641,28 @@ def _replace_first(blocks, first):
 
 
 @triton.jit
+def _event(times, variants_of, n, rows, K):
+    """When the n-th variant of each original ends, or starts; -1 if there is none."""
+    return tl.load(times + variants_of + n, rows & (n < K), -1).to(tl.int32)
+
+
+@triton.jit
+def _second(d_tracks, t, b, rows, unit, B, H):
+    """The gradient of the second state after step t, if there is one."""
+    found = ()
+    if len(d_tracks) == 2:
+        if d_tracks[1] is not None:
+            address = _row(d_tracks[1], t * B + b, H)[:, None] + unit
+            found = tl.load(address, rows[:, None] & (unit < H)[None, :], 0.0)
+    return found
+
+
+@triton.jit
 def _pull(d_penalty, v, t, i, rows, unit, tracks, spans, B, b, H, S):
     """The penalty's gradient in h of variants that end at t: 2 d_penalty (h_variant - h)."""
     mask = rows[:, None] & (unit < H)[None, :]
-    h = tl.load(tracks[0] + (t.to(tl.int64) * B + b)[:, None] * H + unit, mask, 0.0)
-    own = tl.load(spans + ((v * S + (t - i) % S) * len(tracks))[:, None] * H + unit, mask, 0.0)
+    h = tl.load(_row(tracks[0], t * B + b, H)[:, None] + unit, mask, 0.0)
+    own = tl.load(_row(spans, (v * S + (t - i)) * len(tracks), H)[:, None] + unit, mask, 0.0)
     return 2 * tl.load(d_penalty + v, rows, 0.0)[:, None] * (own - h)
 
 
@@ -495,8 +682,8 @@ def gather_kernel(
     for k in range(K):
         v = b.to(tl.int64) * K + k
         i, j, stop = _positions(swaps, ends, v, k < K, T)
-        if (i < j) & (i <= t) & (t <= stop):
-            at = (tl.where(t == i, j, tl.where(t == j, i, t)) - i) % S
+        if (i < j) & (i <= t) & (t <= tl.minimum(stop, i + S - 1)):
+            at = tl.minimum(tl.where(t == i, j, tl.where(t == j, i, t)) - i, S - 1)
             owed = ()
             for g in tl.static_range(G):
                 kept_at = (v * S + at) * D + (g if g < G - 1 else D - 1)
