@@ -161,15 +161,16 @@ def _in_line(blocks):
 
 @triton.jit
 def _apart(together, COUNT: tl.constexpr):
-    """The blocks that were loaded as one, (rows, 1, 2 or 4, units)."""
-    R: tl.constexpr = together.shape[0]
-    UNITS: tl.constexpr = together.shape[2]
+    """The blocks that were loaded as one."""
+    R: tl.constexpr = together.shape[1]
+    UNITS: tl.constexpr = together.shape[0] * together.shape[3]
+    together = together.permute(1, 0, 3, 2)
     if COUNT == 1:
         blocks = (together.reshape(R, UNITS),)
     elif COUNT == 2:
-        blocks = together.permute(0, 2, 1).split()
+        blocks = together.reshape(R, UNITS, 2).split()
     else:
-        even, odd = together.reshape(R, 2, 2, UNITS).permute(0, 3, 1, 2).split()
+        even, odd = together.reshape(R, UNITS, 2, 2).split()
         first, third = even.split()
         second, fourth = odd.split()
         blocks = (first, second, third)
@@ -192,18 +193,27 @@ def _mask(rows, unit, H, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _load_beside(base, rows, unit, H, COUNT: tl.constexpr):
-    """Blocks of units of COUNT rows of H from each base on, as one. Their order is not that of `_beside`: where a thread
-    had the same units of all blocks, each block would change its layout by itself."""
-    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
-    n = tl.arange(0, WIDTH)[None, :]
-    mask = (rows[:, None] & (n < COUNT))[:, :, None] & (unit < H)[None, None, :]
-    return tl.load((base[:, None] + n * H)[:, :, None] + unit, mask, 0.0)
+def _load_as_one(address, rows, first, H, UNITS: tl.constexpr):
+    """Blocks of UNITS units from `first` on, of rows at addresses (R, 1, 2 or 4): (units / C, R, 1, 2 or 4, C). All that a
+    thread loads is of one row, yet not the same units of all blocks, or each would change its layout by itself."""
+    LINE: tl.constexpr = 512 // address.dtype.element_ty.primitive_bitwidth
+    C: tl.constexpr = LINE if LINE < UNITS else UNITS
+    unit = first + tl.arange(0, UNITS // C)[:, None] * C + tl.arange(0, C)[None, :]
+    mask = rows[None, :, :, None] & (unit < H)[:, None, None, :]
+    return tl.load(address[None, :, :, None] + unit[:, None, None, :], mask, 0.0)
 
 
 @triton.jit
-def _load(base, rows, unit, H, COUNT: tl.constexpr):
-    return _apart(_load_beside(base, rows, unit, H, COUNT), COUNT)
+def _load_beside(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr):
+    """Blocks of units of COUNT rows of H from each base on, as one."""
+    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
+    n = tl.arange(0, WIDTH)[None, :]
+    return _load_as_one(base[:, None] + n * H, rows[:, None] & (n < COUNT), first, H, UNITS)
+
+
+@triton.jit
+def _load(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr):
+    return _apart(_load_beside(base, rows, first, H, COUNT, UNITS), COUNT)
 
 
 @triton.jit
@@ -220,8 +230,8 @@ def _any(rows):
 
 @triton.jit
 def _soon(
-    t, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S,
-    KEPT: tl.constexpr, ALIGN: tl.constexpr,
+    t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
+    KEPT: tl.constexpr, UNITS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """What step t of the way back reads, each as one: the last state before it, of rows that go on to it or end before
     it, with the gradient of the first state behind it; and the gates."""
@@ -231,15 +241,15 @@ def _soon(
     base = _before(LAST, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)[:, None]
     until = stop[:, None] + 1
     if d_tracks[0] is not None:
-        first = tl.arange(0, 2)[None, :] == 0
-        base = _either(first, base, _row(d_tracks[0], t * B + b, H)[:, None], ALIGN)
-        until = tl.where(first, until, tl.where(original, stop, -1)[:, None])
+        is_state = tl.arange(0, 2)[None, :] == 0
+        base = _either(is_state, base, _row(d_tracks[0], t * B + b, H)[:, None], ALIGN)
+        until = tl.where(is_state, until, tl.where(original, stop, -1)[:, None])
     rows = inside[:, None] & (t[:, None] <= until)
-    states = tl.load(base[:, :, None] + unit, rows[:, :, None] & (unit < H)[None, None, :], 0.0)
+    states = _load_as_one(base, rows, first, H, UNITS)
     kept = ()
     if KEPT:
         row = tl.where(original, t * B + b, T * B + v * S + (t - i))
-        kept = _load_beside(_row(gates, row, KEPT * H), running, unit, H, KEPT)
+        kept = _load_beside(_row(gates, row, KEPT * H), running, first, H, KEPT, UNITS)
     return states, kept
 
 
@@ -346,7 +356,7 @@ def forward_kernel(
     STATES: tl.constexpr = len(tracks)
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
-        unit = tl.arange(0, BH)
+        first, unit = 0, tl.arange(0, BH)
         w = _load_weights(w_hh, unit[None, :], unit[:, None], H, G)
     for p in range(_passes(N, V, K, R)):
         longest = T if RING or not SPANS else S
@@ -356,7 +366,7 @@ def forward_kernel(
         live = original | moving
         if RESIDENT:
             s = _load_states(origin, b, v, i, live, unit, start, tracks, spans, B, H, S, RING, ALIGN)
-            soon = _load_beside(_row(x_proj, _source(origin, b, i, j, B), G * H), live, unit, H, G)
+            soon = _load_beside(_row(x_proj, _source(origin, b, i, j, B), G * H), live, first, H, G, BH)
         for tau in range(_steps(p, T, i, stop, moving)):
             t = origin + tau
             running = live & (t >= begin) & (t <= stop)
@@ -366,14 +376,15 @@ def forward_kernel(
             for block in range(blocks):
                 if RESIDENT:
                     x = _apart(soon, G)  # what the next step reads comes during this one
-                    soon = _load_beside(_row(x_proj, _source(t + 1, b, i, j, B), G * H), live & (t < stop), unit, H, G)
+                    soon = _load_beside(_row(x_proj, _source(t + 1, b, i, j, B), G * H), live & (t < stop), first, H, G, BH)
                     u = _product(s[0], w, wide, PRECISION)
                 else:
-                    unit = block * BH + tl.arange(0, BH)
+                    first = block * BH
+                    unit = first + tl.arange(0, BH)
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, RING, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
                     s = _load_states(t, b, v, i, running, unit, start, tracks, spans, B, H, S, RING, ALIGN)
-                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, unit, H, G)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH)
                 after, kept = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s[STATES - 1])
                 # an original's states go to its track, 0 beyond its length, a variant's to its span
                 rows = original
@@ -405,7 +416,8 @@ def forward_kernel(
         total = tl.zeros((R,), wide)
         for block in range(blocks):
             if not RESIDENT:
-                unit = block * BH + tl.arange(0, BH)
+                first = block * BH
+                unit = first + tl.arange(0, BH)
                 s = _load_states(stop + 1, b, v, i, live, unit, start, tracks, spans, B, H, S, RING, ALIGN)
             inside = (unit < H)[None, :]
             for n in tl.static_range(STATES):
@@ -442,7 +454,7 @@ def backward_kernel(
     STATES: tl.constexpr = len(tracks)
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
-        unit = tl.arange(0, BH)
+        first, unit = 0, tl.arange(0, BH)
         # the product's rows in line: as few changes of layout as powers of two allow
         w = (_load_stack(w_hh, 0, G if G < 3 else 4 if G == 4 else 2, unit, H),)
         if G == 3:
@@ -462,16 +474,17 @@ def backward_kernel(
         if RESIDENT:
             t = origin + steps - 1
             after, _ = _soon(
-                t + 1, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S, 0, ALIGN
+                t + 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S, 0, BH, ALIGN
             )
             after = _apart(after, 1 if d_tracks[0] is None else 2)[0]
             soon_states, soon_kept = _soon(
-                t, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT, ALIGN
+                t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT, BH, ALIGN
             )
             soon_c = _second(d_tracks, t, b, original & live & (t <= stop), unit, B, H)
         else:
             for block in range(blocks):
-                unit = block * BH + tl.arange(0, BH)
+                first = block * BH
+                unit = first + tl.arange(0, BH)
                 _store(_row(carry, slot, H), d, live, unit, H)
             tl.debug_barrier()
         variants_of = b * K
@@ -492,16 +505,17 @@ def backward_kernel(
                 if RESIDENT:
                     states, kept, d_c = soon_states, soon_kept, soon_c
                     soon_states, soon_kept = _soon(
-                        t - 1, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S,
-                        KEPT, ALIGN,
+                        t - 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
+                        KEPT, BH, ALIGN,
                     )  # fmt: skip
                     soon_c = _second(d_tracks, t - 1, b, original & live & (t > 0) & (t <= stop + 1), unit, B, H)
                 else:
-                    unit = block * BH + tl.arange(0, BH)
-                    d = _load(_row(carry, slot, H), live, unit, H, STATES)
+                    first = block * BH
+                    unit = first + tl.arange(0, BH)
+                    d = _load(_row(carry, slot, H), live, first, H, STATES, BH)
                     states, kept = _soon(
-                        t, b, v, i, original, live, stop, unit, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT,
-                        ALIGN,
+                        t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT,
+                        BH, ALIGN,
                     )  # fmt: skip
                     after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S, False, ALIGN)
                     after = after[STATES - 1]
@@ -557,7 +571,7 @@ def backward_kernel(
                 if RECOMPUTE:
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, unit, H, G)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH)
                     recomputed = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
                     kept = recomputed[1]
                 elif KEPT:
@@ -579,15 +593,15 @@ def backward_kernel(
                 tl.store(_rows_from(_row(du, at, G * H), D, H)[:, :, None] + unit, together, (original[None, :] & (column < G))[:, :, None] & (unit < H)[None, None, :])
 
                 starts_here = running & (begins == t)
-                first = of_variant & (t == i)
-                if _any(first | starts_here):
-                    _store(_row(d_first, v, H), (ds,), first, unit, H)
+                starts = of_variant & (t == i)
+                if _any(starts | starts_here):
+                    _store(_row(d_first, v, H), (ds,), starts, unit, H)
                     tl.debug_barrier()
                 while _any(starts_here):
                     other = variants_of + tl.load(start_order + variants_of + n_started, starts_here, 0).to(tl.int32)
-                    owed = _load(_row(d_spans, other * S, D * H), starts_here, unit, H, G)
+                    owed = _load(_row(d_spans, other * S, D * H), starts_here, first, H, G, BH)
                     du_now = _add(du_now, _cast(owed, wide))
-                    ds += _load(_row(d_first, other, H), starts_here, unit, H, 1)[0]
+                    ds += _load(_row(d_first, other, H), starts_here, first, H, 1, BH)[0]
                     _store(_row(du, at, G * H), _cast(du_now, du.dtype.element_ty), starts_here, unit, H)
                     n_started += starts_here.to(tl.int32)
                     begins = _event(start_times, variants_of, n_started, original, K)
@@ -607,7 +621,8 @@ def backward_kernel(
             if not RESIDENT:
                 tl.debug_barrier()
                 for block in range(blocks):
-                    unit = block * BH + tl.arange(0, BH)
+                    first = block * BH
+                    unit = first + tl.arange(0, BH)
                     address = _either(original, _row(du, at, G * H), _row(d_spans, in_span, D * H), ALIGN)
                     d_h = tl.zeros((R, BH), wide)
                     for inner in range(tl.cdiv(H, BK)):
@@ -618,14 +633,15 @@ def backward_kernel(
                             du_g = tl.load(address[:, None] + g * H + column, mask, 0.0)
                             d_h = _through(du_g, w[g], d_h, PRECISION)
                     if STATES == 1:
-                        d_h += _load(_row(carry, slot, H), live, unit, H, 1)[0]
+                        d_h += _load(_row(carry, slot, H), live, first, H, 1, BH)[0]
                     _store(_row(carry, slot, H), (d_h,), live, unit, H)
                 tl.debug_barrier()
 
         for block in range(blocks):
             if not RESIDENT:
-                unit = block * BH + tl.arange(0, BH)
-                d = _load(_row(carry, slot, H), live, unit, H, STATES)
+                first = block * BH
+                unit = first + tl.arange(0, BH)
+                d = _load(_row(carry, slot, H), live, first, H, STATES, BH)
             for n in tl.static_range(STATES):
                 inside = original[:, None] & (unit < H)[None, :]
                 tl.store(d_start[n] + b[:, None] * H + unit, d[n], inside)
