@@ -5,9 +5,10 @@ Equation numbers are those of sire_fast/cells.py, names those of csrc/cells.h:
   x      input halves W_ih x + b_ih of the gates, in torch.nn's order
   u      recurrent halves W_hh h + b_hh, in the same order
   s      the state before the step that the equations read: h, or c
-  after  states after it; to a gradient, the one that s is of
+  after  states after it; to a gradient, the one that s is before
   kept   what the gradient needs beside the states
-  d*     gradient of the loss with respect to *, of all states; ds leaves out the path through u, which is a product with W_hh
+  d*     gradient of the loss with respect to *; dafter of all states; ds leaves out the path through u, which is a
+         product with W_hh
 
 Nothing here loads or stores. All are tuples of blocks, (rows, units).
 """

@@ -132,8 +132,7 @@ def _load_states(
 
 @triton.jit
 def _beside(blocks):
-    """1 to 4 blocks as one, (1, 2 or 4, rows, units): what is moved as one changes its layout as one, behind one barrier in
-    place of one for each block."""
+    """1 to 4 blocks as one, (1, 2 or 4, rows, units): what is moved as one changes its layout as one."""
     R: tl.constexpr = blocks[0].shape[0]
     UNITS: tl.constexpr = blocks[0].shape[1]
     if len(blocks) == 1:
@@ -160,17 +159,17 @@ def _in_line(blocks):
 
 
 @triton.jit
-def _apart(together, COUNT: tl.constexpr):
-    """The blocks that were loaded as one."""
-    R: tl.constexpr = together.shape[1]
-    UNITS: tl.constexpr = together.shape[0] * together.shape[3]
-    together = together.permute(1, 0, 3, 2)
-    if COUNT == 1:
-        blocks = (together.reshape(R, UNITS),)
+def _apart(loaded, COUNT: tl.constexpr, AS_ONE: tl.constexpr):
+    """The blocks of what `_load_rows` has loaded."""
+    if not AS_ONE:
+        blocks = loaded
+    elif COUNT == 1:
+        blocks = (loaded.permute(1, 0, 3, 2).reshape(loaded.shape[1], loaded.shape[0] * loaded.shape[3]),)
     elif COUNT == 2:
-        blocks = together.reshape(R, UNITS, 2).split()
+        blocks = loaded.permute(1, 0, 3, 2).reshape(loaded.shape[1], loaded.shape[0] * loaded.shape[3], 2).split()
     else:
-        even, odd = together.reshape(R, UNITS, 2, 2).split()
+        two = loaded.permute(1, 0, 3, 2).reshape(loaded.shape[1], loaded.shape[0] * loaded.shape[3], 2, 2)
+        even, odd = two.split()
         first, third = even.split()
         second, fourth = odd.split()
         blocks = (first, second, third)
@@ -180,47 +179,78 @@ def _apart(together, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _rows_from(base, COUNT: tl.constexpr, H):
-    """Addresses of COUNT rows of H, and up to a power of two, from each base on."""
-    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
-    return base[None, :] + tl.arange(0, WIDTH)[:, None] * H
-
-
-@triton.jit
-def _mask(rows, unit, H, COUNT: tl.constexpr):
-    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
-    return (rows[None, :] & (tl.arange(0, WIDTH) < COUNT)[:, None])[:, :, None] & (unit < H)[None, None, :]
-
-
-@triton.jit
 def _load_as_one(address, rows, first, H, UNITS: tl.constexpr):
-    """Blocks of UNITS units from `first` on, of rows at addresses (R, 1, 2 or 4): (units / C, R, 1, 2 or 4, C). All that a
+    """Blocks of units from `first` on, of rows at addresses (R, 1, 2 or 4): (units / C, R, 1, 2 or 4, C). All that a
     thread loads is of one row, yet not the same units of all blocks, or each would change its layout by itself."""
-    LINE: tl.constexpr = 512 // address.dtype.element_ty.primitive_bitwidth
-    C: tl.constexpr = LINE if LINE < UNITS else UNITS
+    PIECE: tl.constexpr = 512 // address.dtype.element_ty.primitive_bitwidth
+    C: tl.constexpr = PIECE if PIECE < UNITS else UNITS
     unit = first + tl.arange(0, UNITS // C)[:, None] * C + tl.arange(0, C)[None, :]
     mask = rows[None, :, :, None] & (unit < H)[:, None, None, :]
     return tl.load(address[None, :, :, None] + unit[:, None, None, :], mask, 0.0)
 
 
 @triton.jit
-def _load_beside(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr):
-    """Blocks of units of COUNT rows of H from each base on, as one."""
-    WIDTH: tl.constexpr = COUNT if COUNT < 3 else 4
-    n = tl.arange(0, WIDTH)[None, :]
-    return _load_as_one(base[:, None] + n * H, rows[:, None] & (n < COUNT), first, H, UNITS)
+def _load_block(base, rows, first, H, UNITS: tl.constexpr):
+    unit = first + tl.arange(0, UNITS)
+    return tl.load(base[:, None] + unit, rows[:, None] & (unit < H)[None, :], 0.0)
 
 
 @triton.jit
-def _load(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr):
-    return _apart(_load_beside(base, rows, first, H, COUNT, UNITS), COUNT)
+def _load_rows(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr, AS_ONE: tl.constexpr):
+    """Blocks of units of COUNT rows of H from each base on: of what a product meets, AS_ONE, else each by itself."""
+    if AS_ONE:
+        n = tl.arange(0, COUNT if COUNT < 3 else 4)[None, :]
+        loaded = _load_as_one(base[:, None] + n * H, rows[:, None] & (n < COUNT), first, H, UNITS)
+    else:
+        loaded = ()
+        for n in tl.static_range(COUNT):
+            loaded = loaded + (_load_block(base + n * H, rows, first, H, UNITS),)
+    return loaded
 
 
 @triton.jit
-def _store(base, blocks, rows, unit, H):
+def _load(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr, AS_ONE: tl.constexpr):
+    return _apart(_load_rows(base, rows, first, H, COUNT, UNITS, AS_ONE), COUNT, AS_ONE)
+
+
+@triton.jit
+def _store(base, blocks, rows, unit, H, AS_ONE: tl.constexpr):
     """Blocks of units to as many rows of H from each base on."""
     COUNT: tl.constexpr = len(blocks)
-    tl.store(_rows_from(base, COUNT, H)[:, :, None] + unit, _beside(blocks), _mask(rows, unit, H, COUNT))
+    if AS_ONE:
+        n = tl.arange(0, COUNT if COUNT < 3 else 4)[:, None]
+        mask = (rows[None, :] & (n < COUNT))[:, :, None] & (unit < H)[None, None, :]
+        tl.store((base[None, :] + n * H)[:, :, None] + unit, _beside(blocks), mask)
+    else:
+        for n in tl.static_range(COUNT):
+            tl.store((base + n * H)[:, None] + unit, blocks[n], rows[:, None] & (unit < H)[None, :])
+
+
+@triton.jit
+def _store_gradients(
+    of_dx, of_du, of_span, dx_last, du, original, of_variant, unit, H,
+    G: tl.constexpr, D: tl.constexpr, AS_ONE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """Those of a variant to its span, those of an original to dx, which has the last of D in the place of the last of
+    du, and to du. The first two are one store."""
+    base = _either(original, of_dx, of_span, ALIGN)
+    blocks = du
+    if D > G:
+        blocks = blocks + (dx_last,)
+    if AS_ONE:
+        together = _beside(blocks)
+        n = tl.arange(0, together.shape[0])[:, None]
+        place = base[None, :] + tl.where(original[None, :] & (n == D - 1), G - 1, n) * H
+        rows = (original[None, :] & ((n < G - 1) | (n == D - 1))) | (of_variant[None, :] & (n < D))
+        tl.store(place[:, :, None] + unit, together, rows[:, :, None] & (unit < H)[None, None, :])
+        rows = original[None, :] & (n < G)
+        tl.store((of_du[None, :] + n * H)[:, :, None] + unit, together, rows[:, :, None] & (unit < H)[None, None, :])
+    else:
+        for n in tl.static_range(D):
+            place = base + tl.where(original, G - 1 if n == D - 1 else n, n) * H
+            rows = (original & (n < G - 1 or n == D - 1)) | of_variant
+            tl.store(place[:, None] + unit, blocks[n], rows[:, None] & (unit < H)[None, :])
+        _store(of_du, du, original, unit, H, False)
 
 
 @triton.jit
@@ -231,25 +261,29 @@ def _any(rows):
 @triton.jit
 def _soon(
     t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
-    KEPT: tl.constexpr, UNITS: tl.constexpr, ALIGN: tl.constexpr,
+    KEPT: tl.constexpr, UNITS: tl.constexpr, AS_ONE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """What step t of the way back reads, each as one: the last state before it, of rows that go on to it or end before
     it, with the gradient of the first state behind it; and the gates."""
     inside = live & (t >= tl.where(original, 0, i))
     running = inside & (t <= stop)
     LAST: tl.constexpr = len(tracks) - 1
-    base = _before(LAST, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)[:, None]
-    until = stop[:, None] + 1
-    if d_tracks[0] is not None:
-        is_state = tl.arange(0, 2)[None, :] == 0
-        base = _either(is_state, base, _row(d_tracks[0], t * B + b, H)[:, None], ALIGN)
-        until = tl.where(is_state, until, tl.where(original, stop, -1)[:, None])
-    rows = inside[:, None] & (t[:, None] <= until)
-    states = _load_as_one(base, rows, first, H, UNITS)
+    base = _before(LAST, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)
+    if d_tracks[0] is None:
+        states = _load_rows(base, inside & (t <= stop + 1), first, H, 1, UNITS, AS_ONE)
+    elif AS_ONE:
+        both = _either(tl.arange(0, 2)[None, :] == 0, base[:, None], _row(d_tracks[0], t * B + b, H)[:, None], ALIGN)
+        # of arithmetic: of a choice some versions of the compiler change the layout at every step, or die
+        of_gradient = tl.where(original, stop, -1)
+        until = of_gradient[:, None] + (1 - tl.arange(0, 2))[None, :] * (stop + 1 - of_gradient)[:, None]
+        states = _load_as_one(both, inside[:, None] & (t[:, None] <= until), first, H, UNITS)
+    else:
+        gradient = _load_block(_row(d_tracks[0], t * B + b, H), original & running, first, H, UNITS)
+        states = (_load_block(base, inside & (t <= stop + 1), first, H, UNITS), gradient)
     kept = ()
     if KEPT:
         row = tl.where(original, t * B + b, T * B + v * S + (t - i))
-        kept = _load_beside(_row(gates, row, KEPT * H), running, first, H, KEPT, UNITS)
+        kept = _load_rows(_row(gates, row, KEPT * H), running, first, H, KEPT, UNITS, AS_ONE)
     return states, kept
 
 
@@ -344,7 +378,8 @@ def forward_kernel(
     tracks, last, ended, penalty, gates, spans,
     T, B, K, H, S, N, V,
     STEP: tl.constexpr, G: tl.constexpr, KEPT: tl.constexpr, SPANS: tl.constexpr, RING: tl.constexpr,
-    RESIDENT: tl.constexpr, PRECISION: tl.constexpr, R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
+    RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BH: tl.constexpr, BK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """Runs the originals and variants of N sequences.
 
@@ -366,7 +401,7 @@ def forward_kernel(
         live = original | moving
         if RESIDENT:
             s = _load_states(origin, b, v, i, live, unit, start, tracks, spans, B, H, S, RING, ALIGN)
-            soon = _load_beside(_row(x_proj, _source(origin, b, i, j, B), G * H), live, first, H, G, BH)
+            soon = _load_rows(_row(x_proj, _source(origin, b, i, j, B), G * H), live, first, H, G, BH, True)
         for tau in range(_steps(p, T, i, stop, moving)):
             t = origin + tau
             running = live & (t >= begin) & (t <= stop)
@@ -375,8 +410,10 @@ def forward_kernel(
             in_span = _slot(t, v, i, S, RING)
             for block in range(blocks):
                 if RESIDENT:
-                    x = _apart(soon, G)  # what the next step reads comes during this one
-                    soon = _load_beside(_row(x_proj, _source(t + 1, b, i, j, B), G * H), live & (t < stop), first, H, G, BH)
+                    x = _apart(soon, G, True)  # what the next step reads comes during this one
+                    soon = _load_rows(
+                        _row(x_proj, _source(t + 1, b, i, j, B), G * H), live & (t < stop), first, H, G, BH, True
+                    )
                     u = _product(s[0], w, wide, PRECISION)
                 else:
                     first = block * BH
@@ -384,13 +421,13 @@ def forward_kernel(
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, RING, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
                     s = _load_states(t, b, v, i, running, unit, start, tracks, spans, B, H, S, RING, ALIGN)
-                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH, True)
                 after, kept = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s[STATES - 1])
                 # an original's states go to its track, 0 beyond its length, a variant's to its span
                 rows = original
                 if SPANS:
                     rows = original | own
-                address = ()
+                address = ()  # of all states
                 for n in tl.static_range(STATES):
                     track = _row(tracks[n], at, H)
                     if SPANS:
@@ -399,11 +436,12 @@ def forward_kernel(
                 base = address[0]
                 if STATES == 2:
                     base = _either(tl.arange(0, 2)[:, None] == 0, base, address[1], ALIGN)
-                tl.store(base[:, :, None] + unit, _beside(_keep(running, after)), _mask(rows, unit, H, STATES))
+                mask = rows[None, :, None] & (unit < H)[None, None, :]
+                tl.store(base[:, :, None] + unit, _beside(_keep(running, after)), mask)
                 if KEPT:
                     row = tl.where(original, at, T * B + in_span)
                     kept = _cast(kept, gates.dtype.element_ty)
-                    _store(_row(gates, row, KEPT * H), kept, own | (original & running), unit, H)
+                    _store(_row(gates, row, KEPT * H), kept, own | (original & running), unit, H, True)
                 if RESIDENT:
                     held = ()
                     for n in tl.static_range(STATES):
@@ -474,18 +512,58 @@ def backward_kernel(
         if RESIDENT:
             t = origin + steps - 1
             after, _ = _soon(
-                t + 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S, 0, BH, ALIGN
+                t + 1,
+                b,
+                v,
+                i,
+                original,
+                live,
+                stop,
+                first,
+                d_tracks,
+                start,
+                tracks,
+                gates,
+                spans,
+                T,
+                B,
+                H,
+                S,
+                0,
+                BH,
+                True,
+                ALIGN,
             )
-            after = _apart(after, 1 if d_tracks[0] is None else 2)[0]
+            after = _apart(after, 1 if d_tracks[0] is None else 2, True)[0]
             soon_states, soon_kept = _soon(
-                t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT, BH, ALIGN
+                t,
+                b,
+                v,
+                i,
+                original,
+                live,
+                stop,
+                first,
+                d_tracks,
+                start,
+                tracks,
+                gates,
+                spans,
+                T,
+                B,
+                H,
+                S,
+                KEPT,
+                BH,
+                True,
+                ALIGN,
             )
             soon_c = _second(d_tracks, t, b, original & live & (t <= stop), unit, B, H)
         else:
             for block in range(blocks):
                 first = block * BH
                 unit = first + tl.arange(0, BH)
-                _store(_row(carry, slot, H), d, live, unit, H)
+                _store(_row(carry, slot, H), d, live, unit, H, RESIDENT)
             tl.debug_barrier()
         variants_of = b * K
         n_ended = tl.zeros((R,), tl.int32)
@@ -506,16 +584,16 @@ def backward_kernel(
                     states, kept, d_c = soon_states, soon_kept, soon_c
                     soon_states, soon_kept = _soon(
                         t - 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
-                        KEPT, BH, ALIGN,
+                        KEPT, BH, True, ALIGN,
                     )  # fmt: skip
                     soon_c = _second(d_tracks, t - 1, b, original & live & (t > 0) & (t <= stop + 1), unit, B, H)
                 else:
                     first = block * BH
                     unit = first + tl.arange(0, BH)
-                    d = _load(_row(carry, slot, H), live, first, H, STATES, BH)
+                    d = _load(_row(carry, slot, H), live, first, H, STATES, BH, RESIDENT)
                     states, kept = _soon(
-                        t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S, KEPT,
-                        BH, ALIGN,
+                        t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
+                        KEPT, BH, False, ALIGN,
                     )  # fmt: skip
                     after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S, False, ALIGN)
                     after = after[STATES - 1]
@@ -526,13 +604,13 @@ def backward_kernel(
                 # what comes from outside, and from the comparisons that end here
                 dafter = d
                 if d_tracks[0] is not None:
-                    s, d_h = _apart(states, 2)
+                    s, d_h = _apart(states, 2, RESIDENT)
                     dafter = _replace_first(dafter, dafter[0] + d_h)
                 else:
-                    s = _apart(states, 1)[0]
-                if STATES == 2:
-                    if d_tracks[1] is not None:
-                        dafter = (dafter[0], dafter[1] + d_c)
+                    s = _apart(states, 1, RESIDENT)[0]
+                for n in tl.static_range(1, STATES):
+                    if d_tracks[n] is not None:
+                        dafter = (dafter[0], dafter[n] + d_c)
                 stops = running & (t == stop)
                 ends_here = running & (end == t)
                 if _any(stops | ends_here):
@@ -571,38 +649,33 @@ def backward_kernel(
                 if RECOMPUTE:
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH, RESIDENT)
                     recomputed = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
                     kept = recomputed[1]
                 elif KEPT:
-                    kept = _apart(kept, KEPT)
+                    kept = _apart(kept, KEPT, RESIDENT)
                 dx_now, du_now, ds = GRADIENT(dafter, s, after, _cast(kept, wide))
 
                 of_variant = moving & running
-                blocks_now = du_now
-                if D > G:
-                    blocks_now = blocks_now + (dx_now[G - 1],)
                 # beyond a sequence's length there is nothing
-                together = _beside(_cast(_keep(running, blocks_now), dx.dtype.element_ty))
-                base = _either(original, _row(dx, at, G * H), _row(d_spans, in_span, D * H), ALIGN)
-                column = tl.arange(0, together.shape[0])[:, None]
-                last_to_last = tl.where(original[None, :] & (column == D - 1), G - 1, column)
-                stored = (original[None, :] & ((column < G - 1) | (column == D - 1))) | (of_variant[None, :] & (column < D))
-                mask = stored[:, :, None] & (unit < H)[None, None, :]
-                tl.store((base[None, :] + last_to_last * H)[:, :, None] + unit, together, mask)
-                tl.store(_rows_from(_row(du, at, G * H), D, H)[:, :, None] + unit, together, (original[None, :] & (column < G))[:, :, None] & (unit < H)[None, None, :])
+                stored = _cast(_keep(running, du_now), dx.dtype.element_ty)
+                last = tl.where(running[:, None], dx_now[G - 1], 0).to(dx.dtype.element_ty)
+                _store_gradients(
+                    _row(dx, at, G * H), _row(du, at, G * H), _row(d_spans, in_span, D * H), last, stored, original,
+                    of_variant, unit, H, G, D, RESIDENT, ALIGN,
+                )  # fmt: skip
 
                 starts_here = running & (begins == t)
                 starts = of_variant & (t == i)
                 if _any(starts | starts_here):
-                    _store(_row(d_first, v, H), (ds,), starts, unit, H)
+                    _store(_row(d_first, v, H), (ds,), starts, unit, H, RESIDENT)
                     tl.debug_barrier()
                 while _any(starts_here):
                     other = variants_of + tl.load(start_order + variants_of + n_started, starts_here, 0).to(tl.int32)
-                    owed = _load(_row(d_spans, other * S, D * H), starts_here, first, H, G, BH)
+                    owed = _load(_row(d_spans, other * S, D * H), starts_here, first, H, G, BH, RESIDENT)
                     du_now = _add(du_now, _cast(owed, wide))
-                    ds += _load(_row(d_first, other, H), starts_here, first, H, 1, BH)[0]
-                    _store(_row(du, at, G * H), _cast(du_now, du.dtype.element_ty), starts_here, unit, H)
+                    ds += _load(_row(d_first, other, H), starts_here, first, H, 1, BH, RESIDENT)[0]
+                    _store(_row(du, at, G * H), _cast(du_now, du.dtype.element_ty), starts_here, unit, H, RESIDENT)
                     n_started += starts_here.to(tl.int32)
                     begins = _event(start_times, variants_of, n_started, original, K)
                     starts_here = running & (begins == t)
@@ -616,7 +689,7 @@ def backward_kernel(
                     d = (d_h,) if STATES == 1 else (d_h, ds)
                     after = s
                 else:
-                    _store(_row(carry, slot + STATES - 1, H), (ds,), live, unit, H)
+                    _store(_row(carry, slot + STATES - 1, H), (ds,), live, unit, H, RESIDENT)
 
             if not RESIDENT:
                 tl.debug_barrier()
@@ -633,15 +706,15 @@ def backward_kernel(
                             du_g = tl.load(address[:, None] + g * H + column, mask, 0.0)
                             d_h = _through(du_g, w[g], d_h, PRECISION)
                     if STATES == 1:
-                        d_h += _load(_row(carry, slot, H), live, first, H, 1, BH)[0]
-                    _store(_row(carry, slot, H), (d_h,), live, unit, H)
+                        d_h += _load(_row(carry, slot, H), live, first, H, 1, BH, RESIDENT)[0]
+                    _store(_row(carry, slot, H), (d_h,), live, unit, H, RESIDENT)
                 tl.debug_barrier()
 
         for block in range(blocks):
             if not RESIDENT:
                 first = block * BH
                 unit = first + tl.arange(0, BH)
-                d = _load(_row(carry, slot, H), live, first, H, STATES, BH)
+                d = _load(_row(carry, slot, H), live, first, H, STATES, BH, RESIDENT)
             for n in tl.static_range(STATES):
                 inside = original[:, None] & (unit < H)[None, :]
                 tl.store(d_start[n] + b[:, None] * H + unit, d[n], inside)
@@ -666,9 +739,9 @@ def _event(times, variants_of, n, rows, K):
 def _second(d_tracks, t, b, rows, unit, B, H):
     """The gradient of the second state after step t, if there is one."""
     found = ()
-    if len(d_tracks) == 2:
-        if d_tracks[1] is not None:
-            address = _row(d_tracks[1], t * B + b, H)[:, None] + unit
+    for n in tl.static_range(1, len(d_tracks)):
+        if d_tracks[n] is not None:
+            address = _row(d_tracks[n], t * B + b, H)[:, None] + unit
             found = tl.load(address, rows[:, None] & (unit < H)[None, :], 0.0)
     return found
 
