@@ -147,15 +147,12 @@ def _beside(blocks):
 
 @triton.jit
 def _in_line(blocks):
-    """1, 2 or 4 blocks in one, (rows, 1, 2 or 4 times the units)."""
-    COUNT: tl.constexpr = len(blocks)
-    if COUNT == 1:
+    """1 or 2 blocks in one, (rows, 1 or 2 times the units)."""
+    if len(blocks) == 1:
         line = blocks[0]
-    elif COUNT == 2:
-        line = tl.join(blocks[0], blocks[1]).permute(0, 2, 1)
     else:
-        line = tl.join(tl.join(blocks[0], blocks[2]), tl.join(blocks[1], blocks[3])).permute(0, 2, 3, 1)
-    return line.reshape(blocks[0].shape[0], COUNT * blocks[0].shape[1])
+        line = tl.join(blocks[0], blocks[1]).permute(0, 2, 1).reshape(blocks[0].shape[0], 2 * blocks[0].shape[1])
+    return line
 
 
 @triton.jit
@@ -493,10 +490,11 @@ def backward_kernel(
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
         first, unit = 0, tl.arange(0, BH)
-        # the product's rows in line: as few changes of layout as powers of two allow
-        w = (_load_stack(w_hh, 0, G if G < 3 else 4 if G == 4 else 2, unit, H),)
-        if G == 3:
-            w = w + (_load_stack(w_hh, 2, 1, unit, H),)
+        # two gates in line are one change of layout; the halves of float32 would not fit the registers then
+        LINE: tl.constexpr = 2 if G > 1 and w_hh.dtype.element_ty.primitive_bitwidth == 16 else 1
+        w = ()
+        for g in tl.static_range(0, G, LINE):
+            w = w + (_load_stack(w_hh, g, LINE if g + LINE <= G else 1, unit, H),)
     slot = (tl.program_id(0) * R + tl.arange(0, R)) * STATES  # in `carry`
     n_passes = _passes(N, V, K, R)
     for behind in range(n_passes):
@@ -683,9 +681,8 @@ def backward_kernel(
                 if RESIDENT:
                     d_h = ds if STATES == 1 else tl.zeros((R, BH), wide)
                     du_now = _cast(_keep(goes_on, du_now), w_hh.dtype.element_ty)
-                    d_h = _through(_in_line(du_now[:2] if G == 3 else du_now), w[0], d_h, PRECISION)
-                    if G == 3:
-                        d_h = _through(du_now[2], w[1], d_h, PRECISION)
+                    for n in tl.static_range(len(w)):
+                        d_h = _through(_in_line(du_now[n * LINE : n * LINE + LINE]), w[n], d_h, PRECISION)
                     d = (d_h,) if STATES == 1 else (d_h, ds)
                     after = s
                 else:
