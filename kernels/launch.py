@@ -183,7 +183,8 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
             _aligned(call.states(d_output, d_cells)), call.states(d_h_n, d_c_n),
-            call.states(d_variants, d_variant_cells), d_penalty, x_proj, w_hh, b_hh, start, swaps, ends, lengths, tracks, gates, spans,
+            call.states(d_variants, d_variant_cells), d_penalty, x_proj, w_hh, b_hh, start, swaps, ends, lengths,
+            tracks, gates, spans,
             *gpu.events(swaps, ends), dx_proj, du, d_spans, d_first, carry, d_start,
             T, B, K, H, S, N, V,
             GRADIENT=CELLS[cell].backward, KEPT=0 if recompute else CELLS[cell].kept, D=D, RECOMPUTE=recompute,

@@ -41,6 +41,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# which of two dimensions goes to neighbouring threads, where either would do: the last of them from Triton 3.7 on
+_LAST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))
+
 
 @triton.jit
 def _positions(swaps, ends, v, rows, T):
@@ -132,17 +135,42 @@ def _load_states(
 
 @triton.jit
 def _beside(blocks):
-    """1 to 4 blocks as one, (1, 2 or 4, rows, units): what is moved as one changes its layout as one."""
+    """1 to 4 blocks as one, (1, 2 or 4, rows, units), or the rows first: what is moved as one changes its layout as one.
+    Rows go to neighbouring threads: a thread stores to one."""
     R: tl.constexpr = blocks[0].shape[0]
     UNITS: tl.constexpr = blocks[0].shape[1]
     if len(blocks) == 1:
-        together = blocks[0][None, :, :]
+        together = blocks[0][None, :, :] if _LAST else blocks[0][:, None, :]
     elif len(blocks) == 2:
-        together = tl.join(blocks[0], blocks[1]).permute(2, 0, 1)
+        together = tl.join(blocks[0], blocks[1])
+        together = together.permute(2, 0, 1) if _LAST else together.permute(0, 2, 1)
     else:
         even, odd = tl.join(blocks[0], blocks[2]), tl.join(blocks[1], blocks[len(blocks) // 4 * 3])
-        together = tl.join(even, odd).permute(2, 3, 0, 1).reshape(4, R, UNITS)
+        together = tl.join(even, odd)
+        if _LAST:
+            together = together.permute(2, 3, 0, 1).reshape(4, R, UNITS)
+        else:
+            together = together.permute(0, 2, 3, 1).reshape(R, 4, UNITS)
     return together
+
+
+@triton.jit
+def _of_rows(values, FIRST: tl.constexpr):
+    """Values of rows, in two dimensions with blocks: rows first or last."""
+    return values[:, None] if FIRST else values[None, :]
+
+
+@triton.jit
+def _of_blocks(COUNT: tl.constexpr, ROWS_FIRST: tl.constexpr):
+    """The numbers of COUNT blocks, and up to a power of two."""
+    n = tl.arange(0, COUNT if COUNT < 3 else 4)
+    return n[None, :] if ROWS_FIRST else n[:, None]
+
+
+@triton.jit
+def _store_as_one(address, together, rows, unit, H):
+    """What `_beside` has made one, to addresses in its order."""
+    tl.store(address[:, :, None] + unit, together, rows[:, :, None] & (unit < H)[None, None, :])
 
 
 @triton.jit
@@ -160,30 +188,36 @@ def _apart(loaded, COUNT: tl.constexpr, AS_ONE: tl.constexpr):
     """The blocks of what `_load_rows` has loaded."""
     if not AS_ONE:
         blocks = loaded
-    elif COUNT == 1:
-        blocks = (loaded.permute(1, 0, 3, 2).reshape(loaded.shape[1], loaded.shape[0] * loaded.shape[3]),)
-    elif COUNT == 2:
-        blocks = loaded.permute(1, 0, 3, 2).reshape(loaded.shape[1], loaded.shape[0] * loaded.shape[3], 2).split()
     else:
-        two = loaded.permute(1, 0, 3, 2).reshape(loaded.shape[1], loaded.shape[0] * loaded.shape[3], 2, 2)
-        even, odd = two.split()
-        first, third = even.split()
-        second, fourth = odd.split()
-        blocks = (first, second, third)
-        if COUNT == 4:
-            blocks = blocks + (fourth,)
+        loaded = loaded.permute(1, 0, 3, 2) if _LAST else loaded.permute(1, 2, 3, 0)
+        R: tl.constexpr = loaded.shape[0]
+        UNITS: tl.constexpr = loaded.shape[1] * loaded.shape[2]
+        if COUNT == 1:
+            blocks = (loaded.reshape(R, UNITS),)
+        elif COUNT == 2:
+            blocks = loaded.reshape(R, UNITS, 2).split()
+        else:
+            even, odd = loaded.reshape(R, UNITS, 2, 2).split()
+            first, third = even.split()
+            second, fourth = odd.split()
+            blocks = (first, second, third)
+            if COUNT == 4:
+                blocks = blocks + (fourth,)
     return blocks
 
 
 @triton.jit
 def _load_as_one(address, rows, first, H, UNITS: tl.constexpr):
-    """Blocks of units from `first` on, of rows at addresses (R, 1, 2 or 4): (units / C, R, 1, 2 or 4, C). All that a
-    thread loads is of one row, yet not the same units of all blocks, or each would change its layout by itself."""
+    """Blocks of units from `first` on: (units / C, R, 1, 2 or 4, C), or the first and third exchanged. All that a thread
+    loads is of one row, yet not the same units of all blocks, or each would change its layout by itself."""
     PIECE: tl.constexpr = 512 // address.dtype.element_ty.primitive_bitwidth
     C: tl.constexpr = PIECE if PIECE < UNITS else UNITS
     unit = first + tl.arange(0, UNITS // C)[:, None] * C + tl.arange(0, C)[None, :]
-    mask = rows[None, :, :, None] & (unit < H)[:, None, None, :]
-    return tl.load(address[None, :, :, None] + unit[:, None, None, :], mask, 0.0)
+    if _LAST:
+        address, rows, unit = address[None, :, :, None], rows[None, :, :, None], unit[:, None, None, :]
+    else:
+        address, rows, unit = address[:, :, None, None], rows[:, :, None, None], unit[None, None, :, :]
+    return tl.load(address + unit, rows & (unit < H), 0.0)
 
 
 @triton.jit
@@ -196,8 +230,8 @@ def _load_block(base, rows, first, H, UNITS: tl.constexpr):
 def _load_rows(base, rows, first, H, COUNT: tl.constexpr, UNITS: tl.constexpr, AS_ONE: tl.constexpr):
     """Blocks of units of COUNT rows of H from each base on: of what a product meets, AS_ONE, else each by itself."""
     if AS_ONE:
-        n = tl.arange(0, COUNT if COUNT < 3 else 4)[None, :]
-        loaded = _load_as_one(base[:, None] + n * H, rows[:, None] & (n < COUNT), first, H, UNITS)
+        n = _of_blocks(COUNT, _LAST)
+        loaded = _load_as_one(_of_rows(base, _LAST) + n * H, _of_rows(rows, _LAST) & (n < COUNT), first, H, UNITS)
     else:
         loaded = ()
         for n in tl.static_range(COUNT):
@@ -215,9 +249,9 @@ def _store(base, blocks, rows, unit, H, AS_ONE: tl.constexpr):
     """Blocks of units to as many rows of H from each base on."""
     COUNT: tl.constexpr = len(blocks)
     if AS_ONE:
-        n = tl.arange(0, COUNT if COUNT < 3 else 4)[:, None]
-        mask = (rows[None, :] & (n < COUNT))[:, :, None] & (unit < H)[None, None, :]
-        tl.store((base[None, :] + n * H)[:, :, None] + unit, _beside(blocks), mask)
+        n = _of_blocks(COUNT, not _LAST)
+        rows = _of_rows(rows, not _LAST) & (n < COUNT)
+        _store_as_one(_of_rows(base, not _LAST) + n * H, _beside(blocks), rows, unit, H)
     else:
         for n in tl.static_range(COUNT):
             tl.store((base + n * H)[:, None] + unit, blocks[n], rows[:, None] & (unit < H)[None, :])
@@ -236,12 +270,12 @@ def _store_gradients(
         blocks = blocks + (dx_last,)
     if AS_ONE:
         together = _beside(blocks)
-        n = tl.arange(0, together.shape[0])[:, None]
-        place = base[None, :] + tl.where(original[None, :] & (n == D - 1), G - 1, n) * H
-        rows = (original[None, :] & ((n < G - 1) | (n == D - 1))) | (of_variant[None, :] & (n < D))
-        tl.store(place[:, :, None] + unit, together, rows[:, :, None] & (unit < H)[None, None, :])
-        rows = original[None, :] & (n < G)
-        tl.store((of_du[None, :] + n * H)[:, :, None] + unit, together, rows[:, :, None] & (unit < H)[None, None, :])
+        n = _of_blocks(D, not _LAST)
+        in_original = _of_rows(original, not _LAST)
+        place = _of_rows(base, not _LAST) + tl.where(in_original & (n == D - 1), G - 1, n) * H
+        rows = (in_original & ((n < G - 1) | (n == D - 1))) | (_of_rows(of_variant, not _LAST) & (n < D))
+        _store_as_one(place, together, rows, unit, H)
+        _store_as_one(_of_rows(of_du, not _LAST) + n * H, together, in_original & (n < G), unit, H)
     else:
         for n in tl.static_range(D):
             place = base + tl.where(original, G - 1 if n == D - 1 else n, n) * H
@@ -269,11 +303,13 @@ def _soon(
     if d_tracks[0] is None:
         states = _load_rows(base, inside & (t <= stop + 1), first, H, 1, UNITS, AS_ONE)
     elif AS_ONE:
-        both = _either(tl.arange(0, 2)[None, :] == 0, base[:, None], _row(d_tracks[0], t * B + b, H)[:, None], ALIGN)
+        n = _of_blocks(2, _LAST)
+        of_gradient = _row(d_tracks[0], t * B + b, H)
+        both = _either(n == 0, _of_rows(base, _LAST), _of_rows(of_gradient, _LAST), ALIGN)
         # of arithmetic: of a choice some versions of the compiler change the layout at every step, or die
-        of_gradient = tl.where(original, stop, -1)
-        until = of_gradient[:, None] + (1 - tl.arange(0, 2))[None, :] * (stop + 1 - of_gradient)[:, None]
-        states = _load_as_one(both, inside[:, None] & (t[:, None] <= until), first, H, UNITS)
+        last = tl.where(original, stop, -1)
+        until = _of_rows(last, _LAST) + (1 - n) * _of_rows(stop + 1 - last, _LAST)
+        states = _load_as_one(both, _of_rows(inside, _LAST) & (_of_rows(t, _LAST) <= until), first, H, UNITS)
     else:
         gradient = _load_block(_row(d_tracks[0], t * B + b, H), original & running, first, H, UNITS)
         states = (_load_block(base, inside & (t <= stop + 1), first, H, UNITS), gradient)
@@ -429,12 +465,11 @@ def forward_kernel(
                     track = _row(tracks[n], at, H)
                     if SPANS:
                         track = _either(original, track, _row(spans, in_span * STATES + n, H), ALIGN)
-                    address = address + (track[None, :],)
+                    address = address + (_of_rows(track, not _LAST),)
                 base = address[0]
                 if STATES == 2:
-                    base = _either(tl.arange(0, 2)[:, None] == 0, base, address[1], ALIGN)
-                mask = rows[None, :, None] & (unit < H)[None, None, :]
-                tl.store(base[:, :, None] + unit, _beside(_keep(running, after)), mask)
+                    base = _either(_of_blocks(2, not _LAST) == 0, base, address[1], ALIGN)
+                _store_as_one(base, _beside(_keep(running, after)), _of_rows(rows, not _LAST), unit, H)
                 if KEPT:
                     row = tl.where(original, at, T * B + in_span)
                     kept = _cast(kept, gates.dtype.element_ty)

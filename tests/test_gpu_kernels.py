@@ -22,7 +22,7 @@ from sire_fast import backends, functional, swaps
 from sire_fast.backends import gpu
 from sire_fast.backends.gpu import Plan, plan
 from sire_fast.cells import CELLS
-from sire_fast.kernels import launch
+from sire_fast.kernels import launch, swap_rnn
 from sire_fast.kernels.cells import tanh
 from sire_fast.kernels.launch import Launch
 
@@ -67,6 +67,28 @@ def test_any_plan_gives_the_same(chosen: Plan, streams: bool, monkeypatch: pytes
         monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 16, 16, 4, 1))
     for cell in ("gru", "lstm"):
         assert_right(Case(cell, 6, 5, 18, 7 if chosen.sequences == 3 else 4, ragged=True))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_moved_as_one_in_either_order(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one is the faster depends on the version of Triton."""
+    monkeypatch.setattr(swap_rnn, "_LAST", tl.constexpr(last))
+    for cell in ("gru", "lstm", "rnn_relu"):
+        assert_right(Case(cell, 4, 2, 17, 2, ragged=True))
+
+
+def test_tensors_that_begin_anywhere() -> None:
+    """A choice of two addresses is told to the compiler to be aligned."""
+    whole = torch.zeros(9)
+    assert launch._aligned((whole, None))[:2] == (whole, None)
+    moved = launch._aligned((whole[1:],))[0]
+    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, whole[1:])
+
+
+def test_more_rows_than_32_bits_count() -> None:
+    call = gpu.Call("gru", 1 << 20, 64, 16, 8, 1 << 20, torch.float32)
+    with pytest.raises(ValueError, match=r"swaps: expected T\*B \+ 2\*B\*K\*S"):
+        launch._sizes(call, 1 << 20, Launch(16, True, 16, 16, 4, 1), 1)
 
 
 @pytest.mark.parametrize("streams", [False, True])
