@@ -135,7 +135,7 @@ def _load_states(
 
 @triton.jit
 def _beside(blocks):
-    """1 to 4 blocks as one, (1, 2 or 4, rows, units), or the rows first: what is moved as one changes its layout as one.
+    """1 to 4 blocks as one, (1, 2 or 4, rows, units), or the rows first: what moves as one changes its layout as one.
     Rows go to neighbouring threads: a thread stores to one."""
     R: tl.constexpr = blocks[0].shape[0]
     UNITS: tl.constexpr = blocks[0].shape[1]
@@ -208,7 +208,7 @@ def _apart(loaded, COUNT: tl.constexpr, AS_ONE: tl.constexpr):
 
 @triton.jit
 def _load_as_one(address, rows, first, H, UNITS: tl.constexpr):
-    """Blocks of units from `first` on: (units / C, R, 1, 2 or 4, C), or the first and third exchanged. All that a thread
+    """Blocks of units from `first` on: (units / C, R, 1, 2 or 4, C), or the first and third exchanged. All a thread
     loads is of one row, yet not the same units of all blocks, or each would change its layout by itself."""
     PIECE: tl.constexpr = 512 // address.dtype.element_ty.primitive_bitwidth
     C: tl.constexpr = PIECE if PIECE < UNITS else UNITS

@@ -82,7 +82,8 @@ def test_tensors_that_begin_anywhere() -> None:
     whole = torch.zeros(9)
     assert launch._aligned((whole, None))[:2] == (whole, None)
     moved = launch._aligned((whole[1:],))[0]
-    assert moved.data_ptr() % 16 == 0 and torch.equal(moved, whole[1:])
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, whole[1:])
 
 
 def test_more_rows_than_32_bits_count() -> None:
