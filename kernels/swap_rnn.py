@@ -32,6 +32,10 @@ gates that the backward needs, D different blocks of gate gradients. Tuples hold
     carry                  (programs*R, STATES*H), the gradients of states where W_hh streams
     end_times, end_order   (B, K), the ends of a sequence's variants, latest first, and whose they are; so for starts
 
+What a product meets is laid out over the threads as the product is; a change of layout from that of memory is two
+barriers. So blocks that lie beside each other move as one tensor, with one change (AS_ONE), and what only happens where
+a variant ends or starts stands behind a branch.
+
 Gradients that come in are as what they are of, or None for zero. ALIGN divides H: where it is a multiple of 4, say, the
 compiler may move so many neighbours at once, which Triton itself only sees of multiples of 16.
 """

@@ -243,6 +243,19 @@ def test_kernels_compile_where_no_row_is_aligned() -> None:
     assert aligned.count(" 0 bytes spilled") == 5
 
 
+@pytest.mark.proof
+@pytest.mark.parametrize("version", ["3.5.1", "3.6.0"])
+def test_kernels_compile_with_the_triton_of_older_torch(version: str) -> None:
+    """Of torch 2.9 and 2.11: one that streams, as long as it kept to no alignment 3.6 did not compile it, one whose
+    weights stay on chip, and the largest cell. Each version comes from the package index once."""
+    for cell, *sizes in (("gru", "tf32x3:100", "bfloat16:128"), ("lstm", "bfloat16:200")):
+        options = ("--capability", "90", "--processes", "1", "--cell", cell, "--only", *sizes)
+        done = command("-m", "bench.aot", "--triton", version, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        kernels = 5 * len(sizes)
+        assert f"{kernels} of {kernels} kernels fit" in done.stdout
+
+
 def test_no_tuning_without_a_gpu() -> None:
     done = command("-m", "bench.tune")
     assert (done.returncode, done.stdout) == (2, "")
