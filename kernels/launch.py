@@ -175,7 +175,9 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
     def empty(rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return x.new_empty(rows, width, dtype=dtype)
 
-    dx_proj, du = empty(T * B, G * H, x.dtype), empty(T * B, G * H, x.dtype)
+    projected = w_ih is not None
+    dx_proj = empty(T * B, G * H, x.dtype) if projected or dx is None else dx.view(T * B, G * H)
+    du = empty(T * B, G * H, x.dtype)
     d_spans = empty(B * K * S, D * H, x.dtype)
     d_first = empty(B * K, H, call.wide)
     carry = empty(0 if how.resident else programs * how.rows, len(start) * H, call.wide)
@@ -205,7 +207,8 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
             gather_kernel[grid](d_spans, swaps, ends, dx_proj, B, K, H, S, **compiled_for)
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         gpu.fill(gradient, lambda found=found: found)
-    gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
+    if projected:
+        gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 
 
 def _aligned(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
