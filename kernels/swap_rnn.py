@@ -686,7 +686,8 @@ def backward_kernel(
                 if RECOMPUTE:
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH, RESIDENT)
+                    # one by one: beside what the second product holds, all at once would spill
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH, False)
                     recomputed = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
                     kept = recomputed[1]
                 elif KEPT:
