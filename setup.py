@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
@@ -39,6 +40,10 @@ def told(*command):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     except (OSError, subprocess.CalledProcessError):
         return []
+
+
+def newer_than(target, sources):
+    return os.path.exists(target) and all(os.path.getmtime(f) < os.path.getmtime(target) for f in sources)
 
 
 def find_nvcc():
@@ -77,10 +82,17 @@ class BuildKernels(build_ext):
         super().build_extension(ext)
 
     def compile_instruction_sets(self, ext):
+        """csrc/cpu_kernel.cpp as object files, which all environments of a checkout share."""
+        commands = [self.compiler.compiler_so, getattr(self.compiler, "compiler_so_cxx", [])]
+        key = f"{zlib.crc32(repr(commands).encode()):08x}"
+
         def compiled(name):
+            folder = f"build/{name}-{key}"
+            if newer_than(target := f"{folder}/csrc/cpu_kernel.o", ext.depends):
+                return [target]
             return self.compiler.compile(
                 ["csrc/cpu_kernel.cpp"],
-                output_dir=f"{self.build_temp}/{name}",
+                output_dir=folder,
                 macros=[("SIRE_ISA", name)],
                 extra_postargs=[*FLAGS, *INSTRUCTION_SETS[name]],
                 depends=ext.depends,
@@ -92,7 +104,7 @@ class BuildKernels(build_ext):
     def compile_cuda(self, ext):
         """csrc/cuda/launch.cu as an object file."""
         target = f"build/cuda-{'-'.join(CUDA)}.o"  # where a wheel and an editable install both find it
-        if os.path.exists(target) and all(os.path.getmtime(f) < os.path.getmtime(target) for f in ext.depends):
+        if newer_than(target, ext.depends):
             return target
         os.makedirs("build", exist_ok=True)
         code = []
@@ -111,7 +123,7 @@ extensions = [
     Pybind11Extension(
         "sire_fast._C",
         ["csrc/bindings.cpp", "csrc/cpu.cpp"],
-        depends=["csrc/bindings.h", "csrc/cpu_kernel.cpp", "csrc/cells.h", "csrc/simd.h", "csrc/swap_rnn.h"],
+        depends=["setup.py", "csrc/cpu_kernel.cpp", *sorted(glob("csrc/*.h"))],
         extra_compile_args=FLAGS,
         libraries=["dl", "pthread"] if sys.platform.startswith("linux") else [],
         optional=True,

@@ -18,8 +18,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -87,16 +88,22 @@ def jobs(capabilities: Sequence[int], cells: Sequence[str], sizes: Sequence[tupl
 
 def compiled(job: Job) -> list[Usage]:
     """What the kernels of a training pass use, with gates kept and with gates computed again."""
+    return [usage(name, binary) for name, binary in binaries(job).items()]
+
+
+def binaries(job: Job, only: Collection[str] = ()) -> dict[str, Any]:
+    """Name of a kernel -> what Triton makes of it; `only` those of these names, if there are any."""
     target = GPUTarget("cuda", job.capability, 32)
     triton.runtime.driver.set_active(
         SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
     )
-    binaries: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     compile_only = JITFunction.run
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel") + " again" * constants.get("RECOMPUTE", False)
-        binaries[name] = compile_only(kernel, *arguments, grid=grid, warmup=True, **constants)
+        if not only or name in only:
+            found[name] = compile_only(kernel, *arguments, grid=grid, warmup=True, **constants)
 
     JITFunction.run = run  # type: ignore[method-assign]
     launches.chip = lambda _: (job.capability, 1)
@@ -106,7 +113,7 @@ def compiled(job: Job) -> list[Usage]:
             train(job.cell, job.hidden, ARITHMETIC[job.arithmetic], recompute)
     finally:
         JITFunction.run = compile_only  # type: ignore[method-assign]
-    return [usage(name, binary) for name, binary in binaries.items()]
+    return found
 
 
 def train(cell: str, hidden: int, dtype: torch.dtype, recompute: bool) -> None:
@@ -176,18 +183,19 @@ def extension() -> dict[int, list[Usage]]:
     return found
 
 
-def _compiled_or_not(job: Job) -> list[Usage] | str:
+def _done_or_not(work: Callable[[Job], Any], job: Job) -> Any:
     try:
-        return compiled(job)
+        return work(job)
     except Exception as error:  # whatever a compiler dies of
         return f"{type(error).__name__}: {error}".split("\n")[0]
 
 
-def _compiled_all(todo: Sequence[Job], processes: int | None) -> Iterator[list[Usage] | str]:
-    """In processes of their own for each capability: within one, Triton keeps to the first that it compiles for."""
+def done_all(work: Callable[[Job], Any], todo: Sequence[Job], processes: int | None) -> Iterator[Any]:
+    """What comes of each job, or, as text, of what it dies. In processes of their own for each capability: within one,
+    Triton keeps to the first that it compiles for."""
     for _, alike in itertools.groupby(todo, lambda job: job.capability):
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(_compiled_or_not, alike)
+            yield from pool.map(partial(_done_or_not, work), alike)
 
 
 def _compiled(options: argparse.Namespace) -> Iterator[tuple[str, int, int, list[Usage] | str]]:
@@ -195,7 +203,7 @@ def _compiled(options: argparse.Namespace) -> Iterator[tuple[str, int, int, list
     if "triton" in options.backend:
         chosen = [(arithmetic, int(hidden)) for arithmetic, hidden in (size.split(":") for size in options.only)]
         todo = jobs(options.capability, options.cell, chosen)
-        for n, (job, used) in enumerate(zip(todo, _compiled_all(todo, options.processes), strict=True), 1):
+        for n, (job, used) in enumerate(zip(todo, done_all(compiled, todo, options.processes), strict=True), 1):
             yield f"{n}/{len(todo)} {job}", job.capability, job.hidden, used
     if "cuda" in options.backend:
         for capability, used in extension().items():

@@ -2,8 +2,9 @@
 
 A kernel is any backend besides "cpu" and "reference". It is checked as the tests check the CPU's: no error larger than
 twice that of the reference in the same arithmetic, on memory filled with NaN, and bits that repeat, on other streams
-and in CUDA graphs too. What fails is not timed. Then come the figures that the project has to reach, peers' shapes, and
-how time grows with rows, H and T. Writes <device>.json and <device>.png to $OUT, else to bench/results. All of it takes
+and in CUDA graphs too. That is done side by side in processes, which also compile what is to be timed, the most
+important first. Then what is right is timed, alone: the figures that the project has to reach, peers' shapes, and how
+time grows with rows, H and T. Writes <device>.json and <device>.png to $OUT, else to bench/results. All of it takes
 eight minutes at most: what does not fit is "skipped: time". Exit code 0; 1 if a kernel is wrong; 2 without a GPU.
 """
 
@@ -20,8 +21,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check, check_cases, first_line
+from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases, first_line
+from bench.processes import Lost, answers
 from sire_fast import backends, swaps
 from sire_fast.backends import cuda
 from sire_fast.cells import CELLS
@@ -37,7 +39,9 @@ from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio
 
 ROOT = Path(__file__).parents[1]
-TOTAL, CHECK = 450.0, 145.0  # seconds, of all and of the check
+TOTAL, PREPARED = 450.0, 220.0  # seconds, of all, and until what is to be timed is compiled and checked
+TASK = 150.0  # seconds for a case, or to prepare an item
+FIRST = 8  # items that are prepared before the cases are checked
 ITEM = 8.0  # seconds of one setting, after its warm-up
 ROUNDS, QUICK_ROUNDS, FEWEST = 11, 2, 3  # of a contestant; FEWEST however slow it is
 INPUTS = 3  # sets that take turns, so that the cache does not hold the input of the next step
@@ -84,6 +88,7 @@ class Item(NamedTuple):
 
 SIRE = ("kernel", "kernel plain", "plain", "stacked", "shared")
 PLAIN = ("kernel plain", "plain")
+TORCHRL = ("torchrl", "torchrl stacked")  # where it is installed; compiles a dozen candidates for each T and H first
 
 
 def plan(device: str) -> list[Item]:
@@ -96,11 +101,12 @@ def plan(device: str) -> list[Item]:
             dtype = str(DTYPES[arithmetic]).removeprefix("torch.")
             if dtype in benchmark.DTYPES:  # no others are settings
                 setting = Setting(*sizes, pairs, compare, dtype, device)
-                items.append(Item(setting, arithmetic, names, goals, more.get("sweep")))
+                there = tuple(n for n in names if n not in TORCHRL or n in benchmark.contestants(setting))
+                items.append(Item(setting, arithmetic, there, goals, more.get("sweep")))
 
     microsecond = Goal(1.0, of="forward")
     goals = (Goal(1.0, "plain"), Goal(1 / 4, "stacked"), Goal(1 / 100, "reference"), microsecond)
-    add(("GRU", 1000, 64, 128, 128), "bfloat16 float32 tf32", (*SIRE, "reference"), *goals)
+    add(("GRU", 1000, 64, 128, 128), "bfloat16 float32 tf32", (*SIRE, "reference", *TORCHRL), *goals)
     memory = (Goal(0.6, "stacked", "peak"),)
     add(("GRU", 100, 64, 128, 128), "float32 bfloat16", SIRE, *memory, variants=("uniform:4", "end"))
     add(("GRU", 200, 234, 128, 128), "bfloat16 float32", ("kernel", "plain", "stacked"), microsecond)
@@ -114,7 +120,7 @@ def plan(device: str) -> list[Item]:
         add(sizes, "float32", (*SIRE, "published"), *over_plain, variants=("adjacent:1", "swap"))
         add(sizes, "float32", SIRE, *over_plain, variants=("adjacent:all", "swap"))
     for cell in ("LSTM", "RNN"):
-        add((cell, 1000, 64, 128, 128), "bfloat16", SIRE, *goals[:2], microsecond)
+        add((cell, 1000, 64, 128, 128), "bfloat16", (*SIRE, *TORCHRL), *goals[:2], microsecond)
 
     # large states, small states, and sizes at which cuDNN's choice of an algorithm is poor; no penalty
     as_fast = Goal(1.0, "plain", ours="kernel plain")
@@ -356,34 +362,103 @@ class Clock:
         print(f"[{self.left:4.0f} s left] {text}", file=sys.stderr, flush=True)
 
 
-def time_item(
-    item: Item, found: Sequence[str], checked: Mapping[tuple[str, str, str], Checked] | None, rounds: int
-) -> Measured:
-    """Measure the contestants of an item, kernels only where they are right, at this very size too.
+Groups = dict[tuple[str, str, str], Checked]  # by backend, cell and arithmetic
+
+
+def prepare(item: Item, name: str, checks: bool) -> Checked:
+    """Run a kernel, or what is "compiled", at the size of an item, so that nothing is left to compile; before that,
+    check it there."""
+    setting, found = item.setting, Checked(name, _CELLS[item.setting.cell], item.arithmetic)
+    if checks and name in backends.KERNELS:
+        reach = getattr(swaps.parse(setting.swaps), "reach", None) if setting.compare == "swap" else None
+        longest = None if reach is None else reach + 1  # as a layer tells it
+        sizes = min(setting.T, 20), setting.B, setting.H
+        case = Case(*sizes, setting.swaps, setting.compare, setting.I, longest=longest)
+        check_cases(found, [case], setting.device)
+    if not found.failures and not found.not_available:
+        with arithmetic_of(item.arithmetic), suppress(Exception):  # which is told when it is timed
+            for each in item.contestants([name]):
+                if each.removesuffix(" plain") == name:
+                    Runner(setting, each).run("step")
+    return found
+
+
+def prepare_all(
+    items: Sequence[Item], cases: Sequence[Case], groups: Groups, device: str, checks: bool, clock: Clock
+) -> set[tuple[Item, str]]:
+    """Check cases and prepare items, in processes.
 
     Args:
-        item: what is timed.
-        found: the kernels.
-        checked: by backend, cell and arithmetic; gets what is found here. None times unchecked kernels.
+        items: to be prepared, with every kernel that serves them.
+        cases: to be checked in every group.
+        groups: get what is found.
+        checks: whether to check anything.
+
+    Returns:
+        What can be timed: items and kernels, or "compiled".
+    """
+    tasks: list[tuple[Callable[[], Checked], Item | None, Checked]] = []
+
+    def add(some: Sequence[Item]) -> None:
+        for item in some:
+            for (backend, cell, arithmetic), group in groups.items():
+                if (cell, arithmetic) == (_CELLS[item.setting.cell], item.arithmetic):
+                    tasks.append((partial(prepare, item, backend, checks), item, group))
+            if "compiled" in item.names:
+                tasks.append((partial(prepare, item, "compiled", False), item, Checked("compiled", "", "")))
+
+    add(items[:FIRST])
+    for case, (key, group) in itertools.product(cases if checks else (), groups.items()):
+        tasks.append((partial(check_cases, Checked(*key), [case], device), None, group))
+        group.skipped += 1
+    add(items[FIRST:])
+    ready = set()
+    for n, answer in answers([task for task, *_ in tasks], os.cpu_count() or 1, clock.left - TOTAL + PREPARED, TASK):
+        task, item, group = tasks[n]
+        name = f"{group.backend} {group.cell} {group.arithmetic}"
+        if isinstance(answer, Lost):
+            what = f"{name} {item or task.args[1][0]}: {answer.why}"
+            clock.say(what)
+            if answer.died:
+                group.failures.append(what)
+            continue
+        group.passed += answer.passed
+        group.failures += answer.failures
+        group.not_available += [reason for reason in answer.not_available if reason not in group.not_available]
+        for failure in answer.failures:
+            clock.say(f"WRONG {failure}")
+        if item is None:
+            group.skipped -= 1
+        else:
+            ready.add((item, group.backend))
+    clock.say(f"prepared {len(ready)} of {sum(item is not None for _, item, _ in tasks)}")
+    return ready
+
+
+def time_item(
+    item: Item, found: Sequence[str], groups: Groups | None, ready: Container[tuple[Item, str]], rounds: int
+) -> Measured:
+    """Measure the contestants of an item, of the kernels `found` those that are right, and of what is compiled what is
+    `ready`.
+
+    Args:
+        groups: what was checked; None times unchecked kernels.
         rounds: at most.
     """
-    setting, cell, device = item.setting, _CELLS[item.setting.cell], item.setting.device
+    setting, cell = item.setting, _CELLS[item.setting.cell]
     refused: dict[str, str] = {}
-    for backend in found:
-        dtype = DTYPES[item.arithmetic]
-        reasons = backends.why_not(backend, cell=cell, dtype=dtype, device=device, hidden_size=setting.H)
-        why = f"not available: {'; '.join(reasons)}" if reasons else None
-        if why is None and checked is not None:
-            group = checked[backend, cell, item.arithmetic]
-            if group.why_not_timed() is None:
-                sizes = min(setting.T, 20), setting.B, setting.H
-                reach = getattr(swaps.parse(setting.swaps), "reach", None) if setting.compare == "swap" else None
-                longest = None if reach is None else reach + 1  # as a layer tells it
-                case = Case(*sizes, setting.swaps, setting.compare, setting.I, longest=longest)
-                check_cases(group, [case], device, ITEM)
-            why = group.why_not_timed()
+    for name in item.contestants(found):
+        backend, why = name.removesuffix(" plain"), None
+        if backend in found:
+            call = {"cell": cell, "dtype": DTYPES[item.arithmetic], "hidden_size": setting.H}
+            reasons = backends.why_not(backend, device=setting.device, **call)
+            why = f"not available: {'; '.join(reasons)}" if reasons else None
+            if why is None and groups is not None:
+                why = groups[backend, cell, item.arithmetic].why_not_timed()
+        if why is None and backend in (*found, "compiled") and (item, backend) not in ready:
+            why = "skipped: time"
         if why is not None:
-            refused |= {name.replace("kernel", backend): why for name in item.names if name.startswith("kernel")}
+            refused[name] = why
     return refused | measure(item, [name for name in item.contestants(found) if name not in refused], rounds=rounds)
 
 
@@ -432,8 +507,8 @@ def draw(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def report(result: Mapping[str, Any]) -> str:
-    """The result as plain text, what matters most last."""
+def lines_of(point: Mapping[str, Any]) -> list[str]:
+    """What was measured of an item."""
 
     def cell(name: str, found: dict[str, Any] | str) -> str:
         if isinstance(found, str):
@@ -441,10 +516,14 @@ def report(result: Mapping[str, Any]) -> str:
         forward, step = found["forward"]["us_per_step"], found["step"]["us_per_step"]
         return f"{name} {forward:.2f}/{step:.2f} (x{step / found['step']['floor_us_per_step']:.0f})"
 
+    shape = "{cell} T={T} B={B} I={I} H={H} {swaps} {compare} ".format(**point["setting"]) + point["arithmetic"]
+    return [shape, "    " + " | ".join(cell(name, found) for name, found in point["contestants"].items())]
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """The result as plain text, what matters most last."""
     lines = ["microseconds per step, forward / forward and backward (times the floor of the latter)"]
-    for point in result["times"]:
-        shape = "{cell} T={T} B={B} I={I} H={H} {swaps} {compare} ".format(**point["setting"]) + point["arithmetic"]
-        lines += [shape, "    " + " | ".join(cell(name, found) for name, found in point["contestants"].items())]
+    lines += itertools.chain.from_iterable(map(lines_of, result["times"]))
     lines.append(f"{'kernel':8}{'goal':38}{'shape':60}{'at most':>7}  measured [quartiles]")
     for row in result["goals"]:
         found = row["measured"]
@@ -466,34 +545,33 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
     clock, machine = Clock(TOTAL), _machine(device)
     result: dict[str, Any] = {"machine": machine, "quick": options.quick, "rates": None, "times": [], "goals": []}
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', machine['device'].lower())}.json"
-    checked: dict[tuple[str, str, str], Checked] | None = None
-    if options.only != "time":
-        clock.say(f"checking {', '.join(found) or 'nothing: no kernel is there'}")
-        groups = [Checked(*group) for group in itertools.product(found, options.cells, options.dtypes)]
-        done = check(groups, CASES[:4] if options.quick else CASES, device, CHECK, os.cpu_count() or 1)
-        checked = {(group.backend, group.cell, group.arithmetic): group for group in done}
+    groups = {key: Checked(*key) for key in itertools.product(found, options.cells, options.dtypes)}
+    items = [] if options.only == "check" else plan(device)
+    items = [i for i in items if _CELLS[i.setting.cell] in options.cells and i.arithmetic in options.dtypes]
+    if options.quick:
+        items = [item._replace(setting=replace(item.setting, T=6, B=3, I=16, H=16)) for item in items]
+    clock.say(f"compiling and checking {', '.join(found) or 'nothing: no kernel is there'}")
+    checks = options.only != "time"
+    ready = prepare_all(items, CASES[:4] if options.quick else CASES, groups, device, checks, clock)
 
     def save() -> None:  # after every item: what comes later may take the process with it
-        done = [*(checked or {}).values()]
+        done = [*groups.values()] if checks else []
         result["checks"] = [asdict(group) for group in done]
         result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
         _write(path, lambda temporary: temporary.write_text(json.dumps(result, indent=2) + "\n"))
 
     save()
-    items = [] if options.only == "check" else plan(device)
-    items = [i for i in items if _CELLS[i.setting.cell] in options.cells and i.arithmetic in options.dtypes]
     if items:
         result["rates"] = rates(device, 128 if options.quick else 8192)
     for item in items:
-        if options.quick:
-            item = item._replace(setting=replace(item.setting, T=6, B=3, I=16, H=16))
         measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
-        # warm-up and compilation come on top of an item's seconds
-        if clock.left > (90 if "compiled" in item.names else 15):
-            clock.say(f"timing {item}")
-            measured = time_item(item, found, checked, QUICK_ROUNDS if options.quick else ROUNDS)
+        if clock.left > ITEM:
+            measured = time_item(
+                item, found, groups if checks else None, ready, QUICK_ROUNDS if options.quick else ROUNDS
+            )
         result["times"].append(as_json(item, measured, result["rates"]))
         result["goals"] += reached(item, found, measured)
+        clock.say("\n".join(lines_of(result["times"][-1])))
         save()
         torch.cuda.empty_cache()
     try:

@@ -6,28 +6,22 @@ repeat, on other streams and in CUDA graphs too.
 
 from __future__ import annotations
 
-import math
-import multiprocessing
-import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sire_fast import backends, functional, reference, swaps
-from sire_fast.cells import CELLS
+from sire_fast import backends, functional, proof, reference
+from sire_fast.proof import Case, first_line
 
-START = 10.0  # seconds that a process of the check takes to begin
 # tf32: float32 tensors, whose products torch, cuDNN and the kernels may take in TF32
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = {name: torch.finfo(dtype).eps for name, dtype in DTYPES.items()} | {"tf32": 2**-10}
-_TENSORS = ("x_proj", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")
 
 
 @contextmanager
@@ -41,25 +35,6 @@ def arithmetic_of(name: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-class Case(NamedTuple):
-    """A call of swap_rnn: sizes, and which of the optional arguments it has."""
-
-    T: int
-    B: int
-    H: int
-    swaps: str = "none"
-    compare: str = "end"
-    I: int = 0  # noqa: E741  # 0 for inputs that are projected already
-    ragged: bool = False
-    bias: bool = True
-    recompute: bool = False
-    longest: int | None = None  # span of a variant, if the kernel is told
-
-    def __str__(self) -> str:
-        default = Case._field_defaults
-        return " ".join(f"{k}={v}" for k, v in self._asdict().items() if k not in default or v != default[k])
 
 
 # the most telling first: each costs compilations, and the time may not suffice for all
@@ -101,57 +76,17 @@ class Checked:
         """Nothing failed, and something was checked unless the kernel cannot serve at all."""
         return not self.failures and (self.passed > 0 or (bool(self.not_available) and not self.skipped))
 
+    def add(self, other: Checked) -> None:
+        """What another process has found."""
+        self.passed += other.passed
+        self.failures += other.failures
+        self.not_available += [reason for reason in other.not_available if reason not in self.not_available]
+
     def why_not_timed(self) -> str | None:
         if self.failures:
             return "not timed: wrong"
         reasons = f"not available: {'; '.join(self.not_available)}" if self.not_available else "not timed: unchecked"
         return None if self.passed else reasons
-
-
-def make(cell: str, case: Case, draw: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Arguments of swap_rnn, leaves that require gradients; the same for the same case and draw."""
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{cell} {case} {draw}".encode()))
-    width = CELLS[cell].gates * case.H
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype).requires_grad_()
-
-    lengths = torch.randint(1, case.T + 1, (case.B,), generator=generator) if case.ragged else None
-    pairs, sampler = torch.zeros(case.B, 0, 2, dtype=torch.int64), swaps.parse(case.swaps)
-    if sampler is not None:
-        pairs = sampler(case.T if lengths is None else lengths, case.B, generator)
-        pairs[0, :1, 1] = pairs[0, :1, 0]  # one that exchanges nothing
-    return {
-        "x_proj": normal(case.T, case.B, case.I or width),
-        "w_ih": normal(width, case.I, scale=case.I**-0.5) if case.I else None,
-        "b_ih": normal(width) if case.I and case.bias else None,
-        "w_hh": normal(width, case.H, scale=case.H**-0.5),
-        "b_hh": normal(width) if case.bias else None,
-        "h0": normal(case.B, case.H),
-        "c0": normal(case.B, case.H) if cell == "lstm" else None,
-        "swaps": pairs.to(device),
-        "ends": pairs[..., 1].contiguous().to(device) if case.compare == "swap" else None,
-        "lengths": None if lengths is None else lengths.to(device),
-    }
-
-
-def _leaves(arguments: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The same arguments with every tensor of numbers changed, as new leaves."""
-    return {
-        name: change(value.detach()).requires_grad_() if name in _TENSORS and value is not None else value
-        for name, value in arguments.items()
-    }
-
-
-def _run(call: Callable[..., reference.SwapRNN], arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All outputs, and the gradient of every argument through all of them; it never waits for the device."""
-    named = {name: value for name, value in call(**arguments)._asdict().items() if value is not None}
-    weights = (torch.arange(v.numel(), device=v.device).cos().view(v.shape).to(v.dtype) for v in named.values())
-    loss = sum((value * weight).sum() for value, weight in zip(named.values(), weights, strict=True))
-    wanted = [name for name in _TENSORS if arguments[name] is not None]
-    gradients = torch.autograd.grad(loss, [arguments[name] for name in wanted])
-    named |= {f"d_{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
-    return {name: value.detach() for name, value in named.items()}
 
 
 @contextmanager
@@ -170,38 +105,18 @@ def _poisoned() -> Iterator[None]:
 def check_case(backend: str, cell: str, arithmetic: str, case: Case, draw: int, device: str) -> list[str]:
     """What is wrong with a kernel in one case."""
     with arithmetic_of(arithmetic):
-        arguments = make(cell, case, draw, DTYPES[arithmetic], device)
+        arguments = proof.make(cell, case, draw, DTYPES[arithmetic], device)
         told = {"longest": case.longest} if case.longest else {}
         kernel = partial(functional.swap_rnn, cell, backend=backend, recompute=case.recompute, **told)
-        ours = partial(_run, kernel)
+        ours = partial(proof.run, kernel)
         with _poisoned():
             values = ours(arguments)
-        truth = _run(partial(reference.swap_rnn, cell), _leaves(arguments, Tensor.double))
-        theirs = _run(partial(reference.swap_rnn, cell), arguments)
-        wrong = _too_far(values, theirs, truth, EPS[arithmetic])
+        plain = partial(reference.swap_rnn, cell)
+        truth, theirs = proof.run(plain, proof.leaves(arguments, Tensor.double)), proof.run(plain, arguments)
+        wrong = proof.too_large(proof.errors(values, theirs, truth, EPS[arithmetic], proof.BUILT_TO))
         wrong += _differ("in a second run", values, ours(arguments))
         if torch.device(device).type == "cuda":
             wrong += _streams(ours, arguments, values)
-    return wrong
-
-
-def _too_far(
-    ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], truth: Mapping[str, Tensor], eps: float
-) -> list[str]:
-    """The results whose error is more than twice the reference's and a few eps, as shares of the largest true value."""
-    if ours.keys() != truth.keys():
-        return [f"results: expected {', '.join(truth)}, got {', '.join(ours)}"]
-    wrong = []
-    for name, exact in truth.items():
-        value, other = ours[name], theirs[name]
-        if (value.shape, value.dtype) != (exact.shape, other.dtype):
-            wrong.append(f"{name}: expected {other.dtype} {[*exact.shape]}, got {value.dtype} {[*value.shape]}")
-        elif exact.numel():
-            largest = exact.abs().max().clamp(min=1e-3)
-            error, allowed = (float((v.double() - exact).abs().max() / largest) for v in (value, other))
-            allowed = 2 * allowed + 4 * eps
-            if not error <= allowed:  # NaN too
-                wrong.append(f"{name}: error {error:.1e}, allowed {allowed:.1e}")
     return wrong
 
 
@@ -219,7 +134,7 @@ def _streams(
     try:
         with torch.cuda.stream(side):
             torch.cuda._sleep(20_000_000)  # the arguments come late: a kernel on the default stream would not see them
-            on_side = ours(_leaves(arguments, Tensor.clone))
+            on_side = ours(proof.leaves(arguments, Tensor.clone))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
@@ -233,14 +148,10 @@ def _streams(
     return _differ("on another stream", values, on_side) + _differ("in a CUDA graph", ours(arguments), captured)
 
 
-def check_cases(checked: Checked, cases: Sequence[Case], device: str, seconds: float) -> Checked:
-    """Check cases in their order until the time is up, and add what is found."""
-    until = time.monotonic() + seconds
+def check_cases(checked: Checked, cases: Sequence[Case], device: str) -> Checked:
+    """Check cases in their order, and add what is found."""
     backend, cell, arithmetic = checked.backend, checked.cell, checked.arithmetic
-    for n, case in enumerate(cases):
-        if time.monotonic() > until:
-            checked.skipped += len(cases) - n
-            break
+    for case in cases:
         reasons = backends.why_not(backend, cell=cell, dtype=DTYPES[arithmetic], device=device, hidden_size=case.H)
         if reasons:
             checked.not_available += [reason for reason in reasons if reason not in checked.not_available]
@@ -255,26 +166,3 @@ def check_cases(checked: Checked, cases: Sequence[Case], device: str, seconds: f
         checked.failures += [f"{backend} {cell} {arithmetic} {case}: {what}" for what in wrong]
         checked.passed += not wrong
     return checked
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-
-
-def check(groups: Sequence[Checked], cases: Sequence[Case], device: str, seconds: float, workers: int) -> list[Checked]:
-    """Check all groups side by side, each in a process of its own: compilations take most of the time, and a kernel
-    that breaks the CUDA context must not break those of others."""
-    workers = max(1, min(workers, len(groups)))
-    share = seconds / max(1, math.ceil(len(groups) / workers)) - START
-    until = time.monotonic() + 1.2 * seconds  # a compilation that has begun may end
-    done = []
-    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,), "maxtasksperchild": 1}
-    with multiprocessing.get_context("spawn").Pool(workers, **one_thread) as pool:
-        answers = [pool.apply_async(check_cases, (group, cases, device, share)) for group in groups]
-        for group, answer in zip(groups, answers, strict=True):
-            try:
-                done.append(answer.get(max(1, until - time.monotonic())))
-            except multiprocessing.TimeoutError:  # it hangs, or the process has died
-                name = f"{group.backend} {group.cell} {group.arithmetic}"
-                done.append(replace(group, failures=[f"{name}: no answer"]))
-    return done

@@ -1,7 +1,7 @@
 """Write the tables of docs/experiments.md from bench/results/paper: python -m bench.paper.
 
 The results come from `sire-fast reproduce NAME --preset full --out bench/results/paper`, which leaves beside them a
-folder of single trainings that is not kept.
+folder of single trainings; it is kept of those that take hours.
 """
 
 from __future__ import annotations

@@ -1,98 +1,118 @@
 """Finds what is fastest on this GPU, `python -m bench.tune`: the launch of the Triton kernels, for TUNED in
 kernels/launch.py, and then, with that launch, the backend, or cuDNN, for FASTEST in sire_fast/backends/gpu.py.
 
-For each cell, H and arithmetic, a training step of all candidates that compile is timed in turns. What wins is only
-printed; check it with bench.gpu after it stands in the tables.
+In half of the time all candidates are compiled, side by side in processes, the most important H and cells first; those
+that do not compile, or fit, are out. Then a training step of those of each cell, H and arithmetic is timed in turns.
+What wins is only printed; check it with bench.gpu after it stands in the tables.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
 
-from bench.gpu import Item, kernels, measure
+from bench.gpu import Item, first_line, kernels, measure, seconds_of
+from bench.processes import answers
 from sire_fast import functional, swaps
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import Launch
 from sire_fast.lab.benchmark import Setting, quartiles
 
-HIDDEN = (32, 64, 128, 256, 512, 1024)
+HIDDEN = (128, 256, 64, 512, 32, 1024)  # the most important first
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STEPS, SEQUENCES, SWAPS = 256, 64, 8  # a step of it all is latency, as in most training
 ROUNDS, REPEAT = 7, 5
+COMPILED = 100.0  # seconds, in which a candidate has to be
 
 
-def candidates(padded: int) -> list[Launch]:
-    """Those worth a compilation."""
-    resident = [Launch(rows, True, padded, 32, warps, 1) for rows in (16, 32) for warps in (4, 8, 16)]
-    streamed = [
-        Launch(16, False, block, inner, warps, stages)
-        for block in (32, 64, 128)
-        for inner in (32, 64)
-        for warps in (4, 8)
-        for stages in (2, 3)
-        if block <= padded
-    ]
-    return (resident if padded <= 256 else []) + (streamed if padded >= 64 else [])
+class Tuned(NamedTuple):
+    """What a launch is found for."""
 
+    cell: str
+    hidden: int
+    dtype: torch.dtype
+    capability: int
+    device: str = "cuda"
 
-def step(cell: str, hidden: int, dtype: torch.dtype) -> None:
-    """A forward and backward, as a layer asks for it."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    width = CELLS[cell].gates * hidden
+    @property
+    def key(self) -> tuple[str, int, str, int]:
+        """Of TUNED."""
+        arithmetic = launches.arithmetic(self.dtype)
+        return self.cell, max(16, triton.next_power_of_2(self.hidden)), arithmetic, self.capability
 
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+    @property
+    def in_use(self) -> Launch:
+        return launches.launch(self.cell, self.hidden, launches.arithmetic(self.dtype), self.capability)
 
-    x, h = normal(STEPS, SEQUENCES, width).requires_grad_(), normal(SEQUENCES, hidden)
-    w = (normal(width, hidden) / hidden**0.5).requires_grad_()
-    pairs = swaps.Uniform(SWAPS)(STEPS, SEQUENCES, device="cuda")
-    run = functional.swap_rnn(
-        cell, x, w, None, h, h if cell == "lstm" else None, swaps=pairs, backend="triton", longest=STEPS
-    )
-    (run.output.sum() + run.penalty.mean()).backward()
+    def candidates(self) -> list[Launch]:
+        """The launch in use, and those that are worth a compilation."""
+        padded = self.key[1]
+        resident = [Launch(rows, True, padded, 32, warps, 1) for rows in (16, 32) for warps in (4, 8, 16)]
+        streamed = [
+            Launch(16, False, block, inner, warps, stages)
+            for block in (32, 64, 128)
+            for inner in (32, 64)
+            for warps in (4, 8)
+            for stages in (2, 3)
+            if block <= padded
+        ]
+        found = (resident if padded <= 256 else []) + (streamed if padded >= 64 else [])
+        return [*dict.fromkeys([self.in_use, *found])]
 
-
-def seconds(cell: str, hidden: int, dtype: torch.dtype) -> float:
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(REPEAT):
-        step(cell, hidden, dtype)
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / REPEAT
-
-
-def fastest(cell: str, hidden: int, dtype: torch.dtype, capability: int) -> tuple[Launch, float, float]:
-    """The best launch, and the medians of its seconds and of those of the launch in use."""
-    arithmetic = launches.arithmetic(dtype)
-    key = cell, triton.next_power_of_2(hidden), arithmetic, capability
-    in_use = launches.launch(cell, hidden, arithmetic, capability)
-    before = launches.TUNED.get(key)
-    times: dict[Launch, list[float]] = {}
-    for candidate in dict.fromkeys([in_use, *candidates(key[1])]):
-        launches.TUNED[key] = candidate
+    def step(self, how: Launch) -> None:
+        """A forward and backward, as a layer asks for it."""
+        before = launches.TUNED.get(self.key)
+        launches.TUNED[self.key] = how
         try:
-            step(cell, hidden, dtype)
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
-            continue  # this chip does not hold it
-        times[candidate] = []
+            self._step()
+        finally:
+            del launches.TUNED[self.key]
+            if before:
+                launches.TUNED[self.key] = before
+
+    def _step(self) -> None:
+        generator = torch.Generator(self.device).manual_seed(0)
+        width = CELLS[self.cell].gates * self.hidden
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtype)
+
+        x, h = normal(STEPS, SEQUENCES, width).requires_grad_(), normal(SEQUENCES, self.hidden)
+        w = (normal(width, self.hidden) / self.hidden**0.5).requires_grad_()
+        pairs = swaps.Uniform(SWAPS)(STEPS, SEQUENCES, device=self.device)
+        run = functional.swap_rnn(
+            self.cell, x, w, None, h, h if self.cell == "lstm" else None,
+            swaps=pairs, backend="triton", longest=STEPS,
+        )  # fmt: skip
+        (run.output.sum() + run.penalty.mean()).backward()
+
+    def why_not(self, how: Launch) -> str:
+        """Why this chip does not run a launch; "" if it does."""
+        try:
+            self.step(how)
+        except Exception as error:  # whatever a compiler dies of
+            return first_line(error)
+        return ""
+
+
+def fastest(what: Tuned, candidates: Sequence[Launch]) -> dict[Launch, float]:
+    """Candidates and the medians of their seconds, the best first."""
+    times: dict[Launch, list[float]] = {candidate: [] for candidate in candidates}
     for _ in range(ROUNDS):
         for candidate, found in times.items():
-            launches.TUNED[key] = candidate
-            found.append(seconds(cell, hidden, dtype))
-    launches.TUNED.pop(key)
-    if before:
-        launches.TUNED[key] = before
+            found.append(seconds_of(partial(what.step, candidate), REPEAT, what.device))
     medians = {candidate: quartiles(found).median for candidate, found in times.items()}
-    best = min(medians, key=medians.__getitem__)
-    return best, medians[best], medians[in_use]
+    return dict(sorted(medians.items(), key=lambda item: item[1]))
 
 
 def winner(cell: str, hidden: int, dtype: torch.dtype, device: str, kernels: Sequence[str]) -> tuple[str, str]:
@@ -115,7 +135,7 @@ def winner(cell: str, hidden: int, dtype: torch.dtype, device: str, kernels: Seq
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*CELLS])
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=[*reversed(CELLS)])  # tanh and relu last
     parser.add_argument("--hidden", nargs="+", type=int, default=HIDDEN)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--minutes", type=float, default=9, help="stop after so many")
@@ -124,19 +144,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench.tune: torch sees no GPU, and this measures one", file=sys.stderr)
         return 2
     major, minor = torch.cuda.get_device_capability()
-    until = time.monotonic() + 60 * options.minutes
-    work = [(cell, hidden, dtype) for dtype in options.dtypes for hidden in options.hidden for cell in options.cells]
-    for n, (cell, hidden, dtype) in enumerate(work):
-        if time.monotonic() > until:
-            print(f"stopped: {len(work) - n} of {len(work)} are left", file=sys.stderr)
+    begun, limit = time.monotonic(), 60 * options.minutes
+    work = itertools.product(options.hidden, [DTYPES[name] for name in options.dtypes], options.cells)
+    todo = [Tuned(cell, hidden, dtype, 10 * major + minor) for hidden, dtype, cell in work]
+    tasks = [(what, candidate) for what in todo for candidate in what.candidates()]
+    compiled: dict[Tuned, list[Launch]] = {}
+    calls = [partial(what.why_not, candidate) for what, candidate in tasks]
+    for n, why in answers(calls, os.cpu_count() or 1, limit / 2, COMPILED):
+        what, candidate = tasks[n]
+        if why:
+            print(f"{what.key}: {candidate}: {why}", file=sys.stderr, flush=True)
+        else:
+            compiled.setdefault(what, []).append(candidate)
+    for n, what in enumerate(each for each in todo if each in compiled):
+        left = limit - (time.monotonic() - begun)
+        print(f"{n + 1}/{len(compiled)}, {left:.0f} s left", file=sys.stderr, flush=True)
+        if left < 0:
             break
-        print(f"{n + 1}/{len(work)}, {until - time.monotonic():.0f} s left", file=sys.stderr)
-        best, took, before = fastest(cell, hidden, DTYPES[dtype], 10 * major + minor)
-        key = cell, triton.next_power_of_2(hidden), launches.arithmetic(DTYPES[dtype]), 10 * major + minor
-        print(f"    {key}: {best},  # {1e6 * took / STEPS:.2f} us a step, before {1e6 * before / STEPS:.2f}")
-        launches.TUNED[key] = best
-        first, told = winner(cell, hidden, DTYPES[dtype], "cuda", kernels())
-        print(f"    {(*key[:2], dtype, key[3])}: {first!r},  # us a step: {told}", flush=True)
+        medians, in_use = fastest(what, compiled[what]), what.in_use
+        (best, took), *_ = medians.items()
+        before = f"{1e6 * medians[in_use] / STEPS:.2f}" if in_use in medians else "not compiled in time"
+        print(f"    {what.key}: {best},  # {1e6 * took / STEPS:.2f} us a step, before {before}")
+        launches.TUNED[what.key] = best
+        first, told = winner(what.cell, what.hidden, what.dtype, what.device, kernels())
+        key = what.cell, what.key[1], str(what.dtype).removeprefix("torch."), what.capability
+        print(f"    {key}: {first!r},  # us a step: {told}", flush=True)
+    if len(compiled) < len(todo):
+        print(f"bench.tune: no time for {len(todo) - len(compiled)} of {len(todo)}", file=sys.stderr)
     return 0
 
 

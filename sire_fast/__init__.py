@@ -11,6 +11,7 @@ from sire_fast.backends import cpu
 from sire_fast.inspection import inspect
 from sire_fast.layers import GRU, LSTM, RNN, convert, revert
 from sire_fast.penalties import penalty, swap_penalty
+from sire_fast.proof import check
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RNN",
     "backends",
     "cells",
+    "check",
     "convert",
     "functional",
     "inspect",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,16 +87,18 @@ def swap_rnn(
         raise ValueError(f"longest: expected at least 1, got {longest}")
     name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1])
     if name == "reference":
-        return reference.swap_rnn(
-            cell, x_proj, w_hh, b_hh, h0.to(dtype), c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
+        found = reference.swap_rnn(
+            cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
         )
+        in_dtype = {n: t.to(dtype) for n, t in found._asdict().items() if t is not None and n != "penalty"}
+        return found._replace(**in_dtype)
     ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
     return ops.swap_rnn(
         cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, longest, dtype
     )
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """Tensors as torch's autocast has them where it is on; float64 stays what it is, as it does there."""
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):

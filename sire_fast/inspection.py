@@ -160,7 +160,7 @@ def inspect(
     inside = position < given[:, None]  # (B, T)
     ends = Blocks(1, boundaries)._edges(given)[:, 1:]
     block = (position[:, None] >= ends[:, None]).sum(-1)  # (B, T); what lies beyond the length is a block of its own
-    with _evaluating(model, through):
+    with evaluating(model, through):
         searched = orders + (steps - 1) ** 2
         total = searched + steps * (steps - 1) // 2
         changes = _Changes(model, sequences, lengths, batch_first, through, rows, report, total)
@@ -218,7 +218,7 @@ class _Changes:
 
     def _fused(self, x: Tensor, pairs: Tensor) -> Tensor:
         """A layer's last output for every variant, (B * K, H)."""
-        layer = self.model
+        layer: Any = self.model
         w_ih, w_hh, *biases = (getattr(layer, name) for name in layer._all_weights[0])
         b_ih, b_hh = biases or (None, None)
         h0 = w_hh.new_zeros(x.shape[1], layer.hidden_size)
@@ -228,7 +228,7 @@ class _Changes:
 
     def _stacked(self, x: Tensor, pairs: Tensor) -> Any:
         """What the model gives for every variant as a sequence of a larger batch."""
-        variants = with_variants(x, pairs)[:, :, 1:].flatten(1, 2)
+        variants: Any = with_variants(x, pairs)[:, :, 1:].flatten(1, 2)
         lengths = None if self.lengths is None else self.lengths.repeat_interleave(pairs.shape[1])
         if self.batch_first:
             variants = variants.transpose(0, 1)
@@ -241,7 +241,7 @@ class _Changes:
         return torch.cat(h_n[-2 if self.model.bidirectional else -1 :].unbind(0), -1)
 
 
-def _has_kernel(model: Callable[..., Any]) -> bool:
+def _has_kernel(model: Any) -> bool:
     """Whether the operator computes what the model does, on a kernel."""
     plain = isinstance(model, _SwapLayer) or type(model) in _LAYERS
     if not plain or model._forward_pre_hooks or model._forward_hooks:  # a hook may change anything
@@ -300,9 +300,7 @@ def _heat_map(changes: _Changes, x: Tensor, inside: Tensor) -> Tensor:
     return (sums + sums.T) / (held.T @ held)
 
 
-def _check(
-    model: Callable[..., Any], x: Tensor, lengths: Tensor | None, batch_first: bool, orders: int, rows: int
-) -> None:
+def _check(model: Any, x: Tensor, lengths: Tensor | None, batch_first: bool, orders: int, rows: int) -> None:
     """Raise a ValueError that names the first argument that does not fit."""
     if not callable(model):
         raise ValueError(f"model: expected a module or a function, got {model!r}")
@@ -326,7 +324,7 @@ def _check(
 
 
 @contextmanager
-def _evaluating(*parts: object) -> Iterator[None]:
+def evaluating(*parts: object) -> Iterator[None]:
     """Modules, and all inside them, in evaluation mode until the block ends."""
     roots = [part for part in parts if isinstance(part, nn.Module)]
     modes = [(module, module.training) for root in roots for module in root.modules()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,6 +29,7 @@ class _SwapLayer(nn.RNNBase):
     """What makes a torch.nn layer one with swaps: it stands before torch's class among the bases."""
 
     mode: str
+    weight_hh_l0: Tensor
     swaps: Sampler | None
     compare: str
     recompute: bool
@@ -57,7 +58,7 @@ class _SwapLayer(nn.RNNBase):
         weight = "" if self._ledger.weight is None else f", weight={self._ledger.weight}"
         return super().extra_repr() + swaps + weight + ", recompute=True" * self.recompute
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         if type(self) in _made.values():  # no name leads to it
             return _rebuilt, (_torch_class(type(self)), self.__getstate__())
         return super().__reduce_ex__(protocol)
@@ -100,7 +101,7 @@ class _SwapLayer(nn.RNNBase):
     def backend(self) -> str:
         """What runs this layer in training with swaps: one of sire_fast.backends.BACKENDS, or "torch" for torch's own
         layer."""
-        return "torch" if self.why_not_fused() else backends.choose("auto", **self._network.call)
+        return "torch" if self.why_not_fused() else backends.choose("auto", **self._network.call())
 
     @property
     def _network(self) -> Network:
@@ -127,7 +128,9 @@ class _SwapLayer(nn.RNNBase):
             lengths: of padded sequences, (B) int64 on any device, in any order; positions are drawn inside them, and
                 outputs behind them are 0. As good as packing, without it.
         """
-        proxies = [a for a in (input, lengths, *(hx if isinstance(hx, tuple) else (hx,))) if isinstance(a, fx.Proxy)]
+        proxies: list[Any] = [
+            a for a in (input, lengths, *(hx if isinstance(hx, tuple) else (hx,))) if isinstance(a, fx.Proxy)
+        ]
         if proxies:  # a leaf, as torch's layers are
             tracer, given = proxies[0].tracer, {"hx": hx} if lengths is None else {"hx": hx, "lengths": lengths}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
@@ -157,7 +160,7 @@ class _SwapLayer(nn.RNNBase):
 
     def _with_variants(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> tuple[Any, Any]:
         """The layer and its swapped variants, which the ledger is told of."""
-        if _exporting() or torch.compiler.is_exporting():
+        if _exporting() or torch.compiler._is_exporting_flag:  # is_exporting() is true of whatever torch 2.9 compiles
             raise RuntimeError(f"{self} cannot be exported in training mode: use model.eval(), or {_REVERT}")
         network = self._network
         if backends.forced():
@@ -206,7 +209,7 @@ class _SwapLayer(nn.RNNBase):
         self._ledger.skip(WITHOUT_GRADIENT)
         return False
 
-    def _batch(self, input: Tensor) -> int:
+    def _batch(self, input: Any) -> int:
         return 1 if input.dim() < 3 else input.shape[0 if self.batch_first else 1]
 
     def _unify(
@@ -220,7 +223,7 @@ class _SwapLayer(nn.RNNBase):
             self.check_input(input.data, input.batch_sizes)
             x, lengths = pad_packed_sequence(input)
             states = self._initial(x, hx)
-            self.check_forward_args(input.data, states if self._two_states else states[0], input.batch_sizes)
+            self.check_forward_args(input.data, self._tuple(states), input.batch_sizes)
             return x, lengths.to(x.device), states, lambda y, last: (_pack_as(input, y), self._tuple(last))
 
         name = type(self).__name__
@@ -239,7 +242,7 @@ class _SwapLayer(nn.RNNBase):
         if hx is not None and not batched:
             hx = tuple(s.unsqueeze(1) for s in hx) if self._two_states else hx.unsqueeze(1)
         states = self._initial(x.transpose(0, 1) if self.batch_first else x, hx)
-        self.check_forward_args(x, states if self._two_states else states[0], None)
+        self.check_forward_args(x, self._tuple(states), None)
 
         def restore(output: Tensor, last: States) -> tuple[Any, Any]:
             # in place: what is returned must not be a view, which could not be detached in place
@@ -252,7 +255,7 @@ class _SwapLayer(nn.RNNBase):
             x = x.transpose(0, 1).contiguous()
         if lengths is not None:
             lengths = torch.as_tensor(lengths)
-            check_lengths(*x.shape[:2], lengths)
+            check_lengths(x.shape[0], x.shape[1], lengths)
             lengths = lengths.to(x.device, non_blocking=True)
         return x, lengths, states, restore
 
@@ -492,7 +495,9 @@ def convert(
     """
     _check_settings(swaps, compare)
     Ledger(weight)  # checks it
-    found = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.RNN, nn.GRU, nn.LSTM))]
+    found: list[tuple[str, Any]] = [
+        (name, m) for name, m in model.named_modules() if isinstance(m, (nn.RNN, nn.GRU, nn.LSTM))
+    ]
     if not found:
         raise ValueError("model: expected a torch.nn.RNN, GRU or LSTM in it, found none (cells have no sequence)")
     torchs = [(name, m) for name, m in found if not isinstance(m, _SwapLayer)]

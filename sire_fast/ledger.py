@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from numbers import Real
+from types import FrameType
 from typing import Any
 
 import torch
@@ -223,7 +224,7 @@ class Ledger:
             if not torch.is_grad_enabled():
                 return output, last
             output, *last = _Give.apply(self, note, weights[0], compared.penalty, output, *last)
-            note.node = output.grad_fn and weakref.ref(output.grad_fn)
+            note.node = None if output.grad_fn is None else weakref.ref(output.grad_fn)
             return output, tuple(last)
         if rerun or transformed:
             state.passing.append(compared)
@@ -237,9 +238,10 @@ class Ledger:
         if compared.output is output:
             output = ops.own_memory(output)
         output, *last = _Give.apply(None, forward.mark, None, None, output, *last)
-        if output.grad_fn is not None:
-            output.grad_fn.compared = compared
-            forward.node = weakref.ref(output.grad_fn)
+        node: Any = output.grad_fn
+        if node is not None:
+            node.compared = compared
+            forward.node = weakref.ref(node)
         with state.lock:
             state.passing.clear()
             state.forwards = [f for f in state.forwards if not f.over]
@@ -267,8 +269,9 @@ class Ledger:
         if self.joins:  # as a result of the graph the note cannot be put off until the backward
             kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
         else:
-            kept = compared._replace(penalty=torch.ops.sire_fast.turn(compared.penalty, self.key))
-        self.traced = (kept,) if _first_in_trace(self) else (*self.traced, kept)
+            others: Any = compared[1:]
+            kept = Compared(torch.ops.sire_fast.turn(compared.penalty, self.key), *others)
+        self.traced = (kept,) if _first_in_trace(self.key) else (*self.traced, kept)
         return output, tuple(last)
 
     def turn(self) -> None:
@@ -299,15 +302,15 @@ class Ledger:
             (state.hidden, not torch.is_grad_enabled()),
         ):
             if passing and now:
-                found = [(c, None) for c in passing]
+                found: list[tuple[Compared, Mark | None]] = [(c, None) for c in passing]
                 passing.clear()
                 return found
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
         traced = [c for c in (*state.earlier, *self.traced) if not _freed(c.penalty)]
-        found = [(f.found(), f.mark) for f in state.forwards if not f.over]
-        return [(c, mark) for c, mark in found if c is not None] + [(c, None) for c in traced]
+        forwards = [(f.found(), f.mark) for f in state.forwards if not f.over]
+        return [*((c, mark) for c, mark in forwards if c is not None), *((c, None) for c in traced)]
 
     def joined(self) -> Tensor | None:
         """The penalty of the last round, detached, of a layer whose weight joins by itself; None if there is none."""
@@ -353,7 +356,7 @@ def in_backward() -> bool:
 def runs_again() -> bool:
     """Whether a forward without gradients is that of a custom function of autograd, which a backward runs again with
     them, as a checkpoint with use_reentrant=True does."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward" and isinstance(
             frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx
@@ -373,7 +376,7 @@ def warn(message: str) -> None:
 
 def _freed(tensor: Tensor) -> bool:
     """Whether a backward has freed the graph of a tensor that a compiled function returned."""
-    nodes = [tensor.grad_fn]
+    nodes: list[Any] = [tensor.grad_fn]
     for node in nodes:
         if node is None:
             continue
@@ -394,7 +397,7 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ledger: Ledger | None, mark: Mark, weight: Tensor | None, penalty: Tensor | None, *results: Tensor
+        ctx: Any, ledger: Ledger | None, mark: Mark, weight: Any, penalty: Any, *results: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.ledger, ctx.mark = ledger, mark
         if ledger is not None:
@@ -515,11 +518,11 @@ torch.library.register_autograd("sire_fast::turn", lambda ctx, gradient: (gradie
 _traces: weakref.WeakKeyDictionary[TracingContext, set[int]] = weakref.WeakKeyDictionary()
 
 
-def _first_in_trace(ledger: Ledger) -> bool:
+def _first_in_trace(ledger: int) -> bool:
     """Whether this is the first pass of a layer in the function that is being compiled; asked once, while it is."""
     seen = _traces.setdefault(TracingContext.get(), set())
-    first = ledger.key not in seen
-    seen.add(ledger.key)
+    first = ledger not in seen
+    seen.add(ledger)
     return first
 
 

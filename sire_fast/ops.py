@@ -52,7 +52,7 @@ def swap_rnn(
     """The pass on a chosen backend, for arguments whose shapes fit; see sire_fast.functional.swap_rnn. All but the
     penalty comes in the dtype `result`."""
     dtype, computed = x.dtype, KERNELS[backend].computed_in(x.dtype)
-    tensors = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
+    tensors: tuple[Tensor | None, ...] = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
     train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if computed != dtype:
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
@@ -124,16 +124,17 @@ def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *argumen
     return _run(cell, backend, arithmetic, recompute, *arguments)
 
 
-def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Tensor | None) -> None:
+def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Any) -> None:
     """A ValueError unless the kernels can read the inputs, of the operator's schema, as what they have to be: a graph
     that was loaded from a file calls the operator itself."""
     w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = others
     reference.check_arguments(cell, x, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if backend not in KERNELS:
         raise ValueError(f"backend: expected one of {', '.join(KERNELS)}, got {backend!r}")
-    dtype, hidden = getattr(torch, arithmetic, None), h0.shape[1]
+    dtype: Any = getattr(torch, arithmetic, None)
+    hidden = h0.shape[1]
     if isinstance(hidden, int):  # no symbol of a trace
-        call = {"cell": cell, "dtype": dtype, "device": x.device, "hidden_size": hidden}
+        call: dict[str, Any] = {"cell": cell, "dtype": dtype, "device": x.device, "hidden_size": hidden}
         if reasons := KERNELS[backend].why_not(**call):
             raise NotImplementedError("; ".join(reasons))
     if x.dtype != KERNELS[backend].computed_in(dtype):
@@ -246,8 +247,9 @@ def _call_backward(cell: str, backend: str, arithmetic: str, recompute: bool, ne
 
 
 class _SwapRNNTransformed(_SwapRNN):
-    forward = staticmethod(_below_autograd)
-    setup_context = staticmethod(_keep)
+    # torch tells this form from the other by its setup_context
+    forward = staticmethod(_below_autograd)  # type: ignore[assignment]
+    setup_context = staticmethod(_keep)  # type: ignore[assignment]
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
@@ -285,7 +287,8 @@ def watch(node: Any, output: Tensor) -> None:
 
 def changed(output: Tensor) -> bool:
     """Whether the memory of a pass's output was changed in place."""
-    return _watching(output.grad_fn) and output.grad_fn.watch.changed
+    node: Any = output.grad_fn
+    return _watching(node) and node.watch.changed
 
 
 def own_memory(output: Tensor) -> Tensor:
@@ -318,7 +321,7 @@ def _differentiable(cell: str, backend: str, arithmetic: str, recompute: bool, *
 
 
 def _gradients(
-    needs: Sequence[bool], x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Tensor, b_hh: Any, h0: Tensor
+    needs: Sequence[bool], x: Tensor, w_ih: Any, b_ih: Any, w_hh: Tensor, b_hh: Any, h0: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients, not filled; those that are not needed are empty."""
     width = w_hh.shape[0]
@@ -327,7 +330,7 @@ def _gradients(
 
 
 def _run_backward(
-    cell: str, backend: str, arithmetic: str, recompute: bool, needs: Sequence[bool], *tensors: Tensor | None
+    cell: str, backend: str, arithmetic: str, recompute: bool, needs: Sequence[bool], *tensors: Any
 ) -> tuple[Tensor, ...]:
     """swap_rnn_backward for gradients, and what follows them, that have been checked."""
     computed = _gradients(needs, *tensors[_DIFFERENTIABLE:][:6])

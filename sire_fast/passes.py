@@ -6,14 +6,14 @@ Sequences are (T, B, I), states (layers * directions, B, H) for h and, for an LS
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from sire_fast import backends, functional
-from sire_fast.backends import cpu, gpu, triton
+from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, States
 from sire_fast.reference import SwapRNN, check_swaps, fill_defaults, with_variants
 
@@ -42,12 +42,12 @@ class Network(NamedTuple):
     training: bool
     recompute: bool
 
-    @property
+    # methods, since torch.compile of torch 2.9 knows no properties of tuples
+
     def directions(self) -> int:
         return len(self.weights[0])
 
-    @property
-    def call(self) -> dict[str, object]:
+    def call(self) -> dict[str, Any]:
         """What sire_fast.backends asks of a call."""
         w_hh = self.weights[0][0][1]
         return {"cell": self.cell, "dtype": w_hh.dtype, "device": w_hh.device, "hidden_size": _hidden_size(self)}
@@ -104,10 +104,10 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
     reasons = []
     if network.projected:
         reasons.append(f"proj_size={network.weights[0][0][-1].shape[0]}: fused without a projection")
-    if swapping and len(network.weights) > 1 and network.directions > 1:
+    if swapping and len(network.weights) > 1 and network.directions() > 1:
         reasons.append("num_layers > 1 with bidirectional=True: a swap changes every input of the second layer")
     reasons += _why_no_kernel(network)
-    call = network.call
+    call = network.call()
     if not reasons and batch is not None and not backends.forced() and call["device"].type == "cpu":
         reasons = cpu.slower_than_torch(
             cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"], batch=batch
@@ -116,7 +116,7 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
 
 
 def _why_no_kernel(network: Network) -> list[str]:
-    call = network.call
+    call = network.call()
     reasons = backends.why_no_kernel(**call)
     if reasons or backends.forced() or call["device"].type != "cuda":
         return reasons
@@ -125,7 +125,8 @@ def _why_no_kernel(network: Network) -> list[str]:
         return ["measured: torch's own layer, cuDNN, is the fastest here"]
     if measured:
         return []
-    return triton.slower_than_torch(cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"])
+    serves = backends.choose("auto", **call)
+    return gpu.slower_than_torch(serves, cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"])
 
 
 def with_swaps(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs: Pairs) -> Result:
@@ -146,7 +147,7 @@ def plain(
     run = _layer if on_kernels else _torch_layer
     last = []
     for n in range(len(network.weights)):
-        here = slice(n * network.directions, (n + 1) * network.directions)
+        here = slice(n * network.directions(), (n + 1) * network.directions())
         x, *ended = run(network, n, x, lengths, tuple(s[here] for s in hx))
         last.append(ended)
         if n < len(network.weights) - 1 and network.dropout and network.training:
@@ -159,7 +160,7 @@ def fused(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs
     """One layer: originals and variants in a single call for each direction."""
     ends = pairs.ends(x, lengths)
     runs, stops = [_run(network, 0, 0, x, lengths, tuple(s[0] for s in hx), pairs, ends)], [ends]
-    if network.directions > 1:
+    if network.directions() > 1:
         length = x.shape[0] if lengths is None else lengths[:, None, None]
         back = pairs._replace(swaps=length - 1 - pairs.swaps.flip(-1))  # as this direction counts
         stops.append(back.ends(x, lengths))
@@ -217,15 +218,15 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
 
     b, variant = torch.arange(batch, device=x.device)[:, None], torch.arange(1, rows, device=x.device)
     stops = [ends]
-    if network.directions > 1:
+    if network.directions() > 1:
         # the direction that reads backwards arrives at the start, or has just read both positions at i
         stops.append(torch.zeros_like(ends) if pairs.compare == "end" else pairs.swaps[..., 0])
-    tracks = y.chunk(network.directions, -1)
+    tracks = y.chunk(network.directions(), -1)
     base = torch.cat([track[at, b, 0] for track, at in zip(tracks, stops, strict=True)], -1)  # (B, K, D)
     variants = torch.cat([track[at, b, variant] for track, at in zip(tracks, stops, strict=True)], -1)
     cells = variant_cells = None
     if len(final) > 1 and pairs.compare == "end":  # torch gives c after the last step only
-        ended_cells = torch.cat(final[1][-network.directions :].unbind(0), -1)  # (B, 1 + K, directions * H)
+        ended_cells = torch.cat(final[1][-network.directions() :].unbind(0), -1)  # (B, 1 + K, directions * H)
         cells, variant_cells = ended_cells[None, :, 0].expand(rows - 1, -1, -1), ended_cells[:, 1:]
     compared = Compared(
         _distance(variants, base), base.transpose(0, 1), _numbered(variants), variants, cells, variant_cells
@@ -274,7 +275,7 @@ def _layer(network: Network, layer: int, x: Tensor, lengths: Tensor | None, hx: 
     """All directions of a layer on the operator: output and last states."""
     runs = [
         _run(network, layer, d, _reversed(x, lengths) if d else x, lengths, tuple(s[d] for s in hx))
-        for d in range(network.directions)
+        for d in range(network.directions())
     ]
     return _outputs(runs, lengths), *_last_states(runs)
 
@@ -284,7 +285,7 @@ def _torch_layer(network: Network, layer: int, x: Tensor, lengths: Tensor | None
     run = getattr(torch._VF, network.cell)
     start = list(hx) if len(hx) > 1 else hx[0]
     weights = [weight for direction in network.weights[layer] for weight in direction]
-    settings = (weights, network.bias, 1, 0.0, network.training, network.directions > 1)
+    settings = (weights, network.bias, 1, 0.0, network.training, network.directions() > 1)
     if lengths is None:
         return run(x, start, *settings, False)
     packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
@@ -337,7 +338,8 @@ def _comparison(runs: list[SwapRNN], stops: list[Tensor]) -> Compared:
     )
     base, *cells = (torch.cat(each, -1).transpose(0, 1) for each in compared)
     variants = torch.cat([run.variants for run in runs], -1)
-    variant_cells = torch.cat([run.variant_cells for run in runs], -1) if cells else None
+    ended = [run.variant_cells for run in runs if run.variant_cells is not None]
+    variant_cells = torch.cat(ended, -1) if ended else None
     penalty = runs[0].penalty + runs[1].penalty
     return Compared(penalty, base, _numbered(variants), variants, cells[0] if cells else None, variant_cells)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ def swap_penalty(
     if not isinstance(swaps, Tensor):
         swaps = swaps(steps if lengths is None else lengths, batch, None, x.device)
     check_swaps(sequences, swaps, lengths)
-    rows = with_variants(sequences, swaps).unbind(2)  # 1 + K of (T, B, ...)
+    rows = [*with_variants(sequences, swaps).unbind(2)]  # 1 + K of (T, B, ...)
     if batch_first:
         rows = [row.transpose(0, 1) for row in rows]
     base, *variants = _alike("fn", fn, rows, dim=0 if batch_first else 1)
@@ -148,12 +148,12 @@ def swap_penalty(
     return _distances([base] * len(variants), variants).mean()
 
 
-def _distances(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def _distances(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Squared distances of K pairs of (B, ...), as (B, K)."""
     return (torch.stack(b, 1) - torch.stack(a, 1)).unsqueeze(-1).flatten(2).square().sum(-1)
 
 
-def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: list[Tensor], dim: int = 0) -> list[Tensor]:
     """The argument `name`, fn, of each of several inputs of one shape, all with the same random numbers; in one call
     for all but the first, joined along their batch dimension `dim`, if fn draws none."""
     cuda = [inputs[0].device] if inputs[0].is_cuda else []

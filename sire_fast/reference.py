@@ -87,7 +87,8 @@ def swap_rnn(
     wide = torch.promote_types(variants.dtype, torch.float32)  # a sum of squares wants the digits
     penalty = (variants.to(wide) - base[0].to(wide)).square().sum(-1)
     h_n, *c_n = (s[:, 0] for s in states)
-    return SwapRNN(output, h_n, *(c_n or [None]), variants, penalty, *(cells or [None]), *(variant_cells or [None]))
+    c, ended, last = (each[0] if each else None for each in (cells, variant_cells, c_n))
+    return SwapRNN(output, h_n, last, variants, penalty, c, ended)
 
 
 def with_variants(x: Tensor, swaps: Tensor) -> Tensor:

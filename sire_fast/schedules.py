@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ class AdaptiveSwaps(_Adaptive):
             raise ValueError(f"sampler: expected one with a number k (see sire_fast.swaps), got {sampler!r}")
         if not 1 <= k_min <= k <= k_max:
             raise ValueError(f"k_min, k_max: expected 1 <= k_min <= k <= k_max, got {k_min}, k={k} and {k_max}")
-        self.sampler = dataclasses.replace(sampler, k=k_max)
+        self.sampler: Any = dataclasses.replace(sampler, k=k_max)
         self.reach: int | None = getattr(sampler, "reach", None)
         super().__init__(k, k_min, k_max, target, smoothing)
         self._follow()
@@ -230,7 +231,7 @@ def parse(text: str) -> Sampler | None:
     AdaptiveSwaps(Uniform(k=4))
     """
     rest = text.removeprefix("adaptive:")
-    sampler = swaps.parse(rest)
+    sampler: Any = swaps.parse(rest)
     if rest == text:
         return sampler
     try:

@@ -38,7 +38,7 @@ class _Drawn(ABC):
     _counts_numbers: ClassVar[bool] = False  # _count takes a length that is a number too: fewer operations for the same
 
     @abstractmethod
-    def _count(self, lengths: Tensor) -> Tensor:
+    def _count(self, lengths: Any) -> Any:
         """Number of allowed pairs of each sequence, (B,)."""
 
     @abstractmethod
@@ -303,7 +303,7 @@ def _as_lengths(lengths: int | Tensor, batch: int, device: torch.device | str | 
     return torch.full((batch,), lengths, dtype=torch.int64, device=device)
 
 
-def _constant(values: tuple, like: Tensor) -> Tensor:
+def _constant(values: Any, like: Tensor) -> Tensor:
     """Values as a tensor on the device of another. It is kept: to bring one to a GPU at every draw would make the host
     wait, and no CUDA graph can hold it. A trace takes it as a constant of its own."""
     dtype = torch.float64 if any(isinstance(value, float) for value in values) else torch.int64

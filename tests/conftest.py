@@ -22,29 +22,27 @@ from filelock import FileLock
 
 from sire_fast.backends import cpu
 
-# Triton reads it when kernels are imported; outside the tests of that backend it would make "auto" choose it
-os.environ["TRITON_INTERPRET"] = "1"
-import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder
-
-import sire_fast.kernels.launch  # noqa: F401
-
-del os.environ["TRITON_INTERPRET"]
-
 # a shell that starts tests in the background lets them, and all that they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_dot = InterpreterBuilder.create_dot
+if sys.platform == "linux":  # where there is Triton
+    # it reads this when kernels are imported; outside the tests of that backend it would make "auto" choose it
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
 
+    import sire_fast.kernels.launch  # noqa: F401
 
-def _dot_of_wide(self: InterpreterBuilder, a: Any, b: Any, *arguments: Any) -> Any:
-    """The interpreter multiplies bfloat16 as the integers that hold its bits."""
-    if a.dtype.scalar == tl.bfloat16:
-        a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
-    return _dot(self, a, b, *arguments)
+    del os.environ["TRITON_INTERPRET"]
+    _dot = InterpreterBuilder.create_dot
 
+    def _dot_of_wide(self: InterpreterBuilder, a: Any, b: Any, *arguments: Any) -> Any:
+        """The interpreter multiplies bfloat16 as the integers that hold its bits."""
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return _dot(self, a, b, *arguments)
 
-InterpreterBuilder.create_dot = _dot_of_wide
+    InterpreterBuilder.create_dot = _dot_of_wide
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +106,11 @@ def allow_tf32() -> Iterator[dict[str, Callable[[bool], None]]]:
 
 
 @pytest.fixture(autouse=True)
-def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backends of GPUs, where a test has one as a parameter."""
+def _on_the_cpu(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Backends of GPUs, where a test has one as a parameter; what they have proven is not for the user's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp()))
     parameters = getattr(request.node, "callspec", None) and request.node.callspec.params.values()
     if parameters and "triton" in parameters:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from sire_fast import swaps
 from sire_fast.lab import benchmark, cli
-from sire_fast.lab.benchmark import CONTESTANTS, LAYERS, Setting, Step, contestants
+from sire_fast.lab.benchmark import LAYERS, Setting, Step, contestants
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"T": 9, "B": 3, "I": 4, "H": 5, "dtype": "float64"}
@@ -44,6 +45,48 @@ def test_the_contestants_compute_the_same(cell, kind, compare):
     assert expected[0] > 1e-4
     for name in ("sire_fast", "shared"):
         torch.testing.assert_close(outcome(setting, name, lambda *_: pairs), expected, rtol=1e-10, atol=1e-10)
+
+
+def _their_kernel(states):
+    """TorchRL's kernel of a cell with so many states, by torch."""
+
+    def run(x, *tensors, input_precision):
+        *start, w_ih, w_hh, b_ih, b_hh, restarts, dtype = tensors
+        batch, steps, _ = x.shape
+        assert {x.dtype, w_ih.dtype, b_hh.dtype} == {torch.float32}
+        assert (dtype, input_precision) == (torch.float32, "tf32x3")
+        assert [(s.shape, s.dtype) for s in start] == states * [((batch, steps, w_hh.shape[1]), torch.float32)]
+        assert (restarts.shape, restarts.dtype, restarts.any()) == ((batch, steps), torch.bool, False)
+        start = [s[:, 0].unsqueeze(0) for s in start]
+        arguments = [w_ih, w_hh, b_ih, b_hh], True, 1, 0.0, True, False, True
+        return torch.lstm(x, start, *arguments) if states == 2 else torch.gru(x, start[0], *arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("cell", ["GRU", "LSTM"])
+def test_torchrl_is_called_as_it_is_made(cell, monkeypatch):
+    theirs = SimpleNamespace(gru_triton=_their_kernel(1), lstm_triton=_their_kernel(2))
+    module = "torchrl.modules.tensordict_module"
+    for name in ("torchrl", "torchrl.modules"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(_rnn_triton=theirs))
+    setting = Setting(cell, **SMALL | {"dtype": "float32"}, swaps="uniform:3", compare="end")
+    pairs = swaps.parse("uniform:3")(setting.T, setting.B)
+    drawn, expected = (outcome(setting, name, lambda *_: pairs) for name in ("torchrl stacked", "stacked"))
+    torch.testing.assert_close(drawn, expected)
+    plain, theirs = Step(setting, "plain"), Step(setting, "torchrl")
+    assert plain() is theirs() is None
+    torch.testing.assert_close(theirs.gradients(), plain.gradients())
+
+
+def test_who_runs_torchrl(monkeypatch):
+    assert "torchrl" not in contestants(Setting())
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "torchrl" not in contestants(Setting()) + contestants(Setting("RNN", device="cuda"))
+    assert {"torchrl", "torchrl stacked"} < {*contestants(Setting("LSTM", dtype="bfloat16", device="cuda"))}
+    assert "torchrl" not in contestants(Setting(dtype="float16", device="cuda"))
 
 
 @pytest.mark.parametrize("cell", LAYERS)
@@ -126,16 +169,19 @@ def test_bench(capsys, tmp_path):
     assert set(result) == {"setting", "machine", "rounds", "contestants"}
     assert Setting(**result["setting"]) == Setting("LSTM", 5, 2, 3, 4, "adjacent:2", "swap")
     assert result["rounds"] == 3
-    assert list(result["contestants"]) == list(CONTESTANTS)
+    assert list(result["contestants"]) == contestants(Setting())
     assert result["contestants"]["plain"]["ratio_to_plain"] == {"lower": 1, "median": 1, "upper": 1}
     assert set(result["machine"]) == {"device", "instruction_set", "threads", "versions", "commit"}
+    if Path(__file__).parents[1].joinpath(".git").exists():
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+        assert result["machine"]["commit"].removesuffix("-dirty") == head.stdout.strip()
     for name, row in result["contestants"].items():
         assert f"{name}:" in told
         assert 0 < row["seconds"]["lower"] <= row["seconds"]["median"] <= row["seconds"]["upper"]
 
 
 def test_who_can_compare_at_the_end():
-    assert contestants(Setting(compare="end")) == [name for name in CONTESTANTS if name != "published"]
+    assert contestants(Setting(compare="end")) == [name for name in contestants(Setting()) if name != "published"]
 
 
 def test_defaults_of_the_swaps(capsys, monkeypatch):
@@ -200,7 +246,7 @@ def test_the_suite_measures_every_goal_and_draws(tmp_path):
     assert result["quick"]
     assert {axis: len(points) for axis, points in result["sweeps"].items()} == {"K": 5, "H": 4, "T": 4}
     for point in result["sweeps"]["K"]:
-        assert list(point["seconds"]) == list(CONTESTANTS)
+        assert list(point["seconds"]) == contestants(Setting())
     rows = [(row["what"].split(",")[0], row["setting"]["cell"]) for row in result["goals"]]
     assert len(rows) == 3 * 6 + 1 + 2 + 2 * 9 + 1 + (sys.platform == "linux")
     assert {"swap", "end", "arithmetic rate"} <= {what for what, _ in rows}

@@ -5,17 +5,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
+import signal
+import time
+from functools import partial
 
 import cuda_on_host
 import pytest
 import torch
 
-from bench import gpu, gpu_check, tune
+from bench import gpu, gpu_check, processes, tune
 from bench.gpu import Goal, Item
-from bench.gpu_check import Case, Checked
+from bench.gpu_check import Checked
+from bench.processes import Lost
 from sire_fast import functional
 from sire_fast.cells import CELLS
+from sire_fast.kernels import launch
 from sire_fast.lab.benchmark import CONTESTANTS, Setting
+from sire_fast.proof import Case, make
 
 SMALL = [case for case in gpu_check.CASES if case.T <= 20 and case.B < 20 and case.H <= 100]
 TINY = Setting("GRU", T=6, B=3, I=4, H=8, swaps="uniform:2", compare="end")
@@ -30,7 +38,7 @@ def _not_poisoned_yet():
 @pytest.mark.parametrize("arithmetic", ["float32", "bfloat16", "tf32"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_right_kernel_passes(cell, arithmetic):
-    checked = gpu_check.check_cases(Checked("cpu", cell, arithmetic), SMALL, "cpu", 60)
+    checked = gpu_check.check_cases(Checked("cpu", cell, arithmetic), SMALL, "cpu")
     assert (checked.failures, checked.passed, checked.skipped) == ([], len(SMALL), 0)
     assert checked.correct
     assert checked.why_not_timed() is None
@@ -41,7 +49,7 @@ def test_the_cases_hold_what_users_have():
     assert {case.compare for case in gpu_check.CASES if case.ragged and case.recompute} == {"end", "swap"}
     assert any(case.T == 1 and case.B == 1 for case in gpu_check.CASES)
     assert any(case.swaps == "none" for case in gpu_check.CASES)
-    arguments = gpu_check.make("lstm", Case(9, 5, 4, "uniform:3", "swap", I=2, ragged=True), 0, torch.float32, "cpu")
+    arguments = make("lstm", Case(9, 5, 4, "uniform:3", "swap", I=2, ragged=True), 0, torch.float32, "cpu")
     i, j = arguments["swaps"].unbind(-1)
     assert bool((j < arguments["lengths"][:, None]).all())
     assert torch.equal(arguments["ends"], j)
@@ -77,10 +85,10 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch, accident, told):
     kernel = functional.swap_rnn
     monkeypatch.setattr(functional, "swap_rnn", lambda *args, **kwargs: accident(kernel(*args, **kwargs)))
     item = Item(TINY, "float32", ("kernel", "kernel plain", "plain"), (Goal(1.0, "plain"),))
-    checked = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32", passed=1)}
-    measured = gpu.time_item(item, ["cpu"], checked, 1)
-    assert not checked["cpu", "gru", "float32"].correct
-    assert any(told in failure for failure in checked["cpu", "gru", "float32"].failures)
+    checked = gpu.prepare(item, "cpu", True)
+    measured = gpu.time_item(item, ["cpu"], {("cpu", "gru", "float32"): checked}, {(item, "cpu")}, 1)
+    assert not checked.correct
+    assert any(told in failure for failure in checked.failures)
     assert measured["cpu"] == measured["cpu plain"] == "not timed: wrong"
     assert len(measured["plain"]["step"]) == 1
     (row,) = gpu.reached(item, ["cpu"], measured)
@@ -88,14 +96,62 @@ def test_a_wrong_kernel_is_found_and_not_timed(monkeypatch, accident, told):
 
 
 def test_what_a_kernel_raises_is_a_failure_and_what_it_refuses_is_none(monkeypatch):
-    refused = gpu_check.check_cases(Checked("cpu", "gru", "float16"), SMALL, "cpu", 60)
+    refused = gpu_check.check_cases(Checked("cpu", "gru", "float16"), SMALL, "cpu")
     assert refused.correct
     assert refused.why_not_timed().startswith("not available: cpu: computes in")
     monkeypatch.setattr(functional, "swap_rnn", lambda *args, **kwargs: 1 / 0)
-    raised = gpu_check.check_cases(Checked("cpu", "gru", "float32"), SMALL[:1], "cpu", 60)
+    raised = gpu_check.check_cases(Checked("cpu", "gru", "float32"), SMALL[:1], "cpu")
     assert "ZeroDivisionError" in raised.failures[0]
-    late = gpu_check.check_cases(Checked("cpu", "gru", "float32"), SMALL, "cpu", -1)
-    assert (late.skipped, late.correct) == (len(SMALL), False)
+
+
+def hang() -> None:
+    time.sleep(60)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fine(n: int) -> tuple[int, int]:
+    return n, os.getpid()
+
+
+@pytest.mark.proof
+def test_one_that_hangs_or_dies_does_not_take_the_others_along():
+    tasks = [partial(fine, 0), die, hang, partial(fine, 3), partial(fine, 4)]
+    found = dict(processes.answers(tasks, 2, 200, 25))
+    assert [found[n][0] for n in (0, 3, 4)] == [0, 3, 4]
+    assert found[1] == Lost("its process died: exit code -9", died=True)
+    assert found[2] == Lost("no answer in 25 s", died=False)
+    assert len({found[n][1] for n in (0, 3, 4)}) <= 2  # a process answers one task behind the other
+
+
+def test_what_comes_after_the_time_is_up_does_not_come_and_leaves_no_process():
+    began = time.monotonic()
+    assert dict(processes.answers([hang, hang, hang], 2, 0.5, 60)) == {}
+    assert time.monotonic() - began < 30
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("lost", "correct", "told"),
+    [(Lost("no answer in 9 s", False), False, "skipped: time"), (Lost("it died", True), False, "not timed: wrong")],
+)
+def test_what_does_not_answer_is_skipped_and_what_dies_is_wrong(lost, correct, told, monkeypatch, capfd):
+    item = Item(TINY, "float32", ("kernel", "plain"))
+    groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
+    good = Checked("cpu", "gru", "float32", passed=1)
+    # a task for the item, one for each case
+    monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, lost), (1, good), (2, good)]))
+    ready = gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60))
+    (group,) = groups.values()
+    assert (group.passed, group.skipped, bool(group.failures)) == (2, 0, lost.died)
+    assert gpu.time_item(item, ["cpu"], groups, ready, 1)["cpu"] == told
+    monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, good)]))
+    groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
+    assert gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60)) == {(item, "cpu")}
+    (group,) = groups.values()
+    assert (group.skipped, group.correct) == (2, True)  # nothing was found wrong
 
 
 def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
@@ -119,12 +175,38 @@ def test_the_floor_by_hand():
     assert gpu.work(setting, True).floor(1e9, 1e9, 2) == {"forward": 2, "step": 4}
 
 
-def test_who_is_fastest(monkeypatch):
-    for name, value in (("STEPS", 4), ("SEQUENCES", 2), ("SWAPS", 2), ("ROUNDS", 1)):
+@pytest.fixture
+def small(monkeypatch):
+    for name, value in (("STEPS", 4), ("SEQUENCES", 2), ("SWAPS", 2), ("ROUNDS", 1), ("REPEAT", 1)):
         monkeypatch.setattr(tune, name, value)
+
+
+def test_who_is_fastest(small):
     first, told = tune.winner("lstm", 8, torch.float32, "cpu", ["cpu", "reference"])
     assert first in ("cpu", "torch")
     assert [line.split()[0] for line in told.split(", ")] == ["cpu", "reference", "torch"]
+
+
+def test_launches_are_tuned_in_turns_and_the_table_stays_as_it_was(small, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    what = tune.Tuned("lstm", 20, torch.float32, 90, "cpu")
+    assert what.key == ("lstm", 32, "tf32x3", 90)
+    candidates = what.candidates()
+    assert candidates[0] == what.in_use
+    assert len({*candidates}) == len(candidates) > 6
+    assert what.why_not(candidates[0]) == ""
+    medians = tune.fastest(what, candidates[:2])
+    assert [*medians.values()] == sorted(medians.values())
+    assert {*medians} == {*candidates[:2]}
+    assert launch.TUNED == {}
+
+
+def test_a_launch_that_does_not_compile_is_out(small, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(functional, "swap_rnn", lambda *_, **__: 1 / 0)
+    what = tune.Tuned("gru", 20, torch.float32, 90, "cpu")
+    assert what.why_not(what.in_use) == "ZeroDivisionError: division by zero"
+    assert launch.TUNED == {}
 
 
 @pytest.mark.parametrize("backend", ["cuda"])

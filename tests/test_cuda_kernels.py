@@ -18,7 +18,7 @@ import torch
 from oracle import Case, assert_as_good_as_reference, assert_padding_does_not_matter, cast, make, run
 
 from bench import aot
-from sire_fast import GRU, backends
+from sire_fast import GRU, backends, proof
 from sire_fast.backends import cuda, gpu
 from sire_fast.backends.cuda import Chip, Group
 from sire_fast.backends.gpu import Plan
@@ -115,7 +115,7 @@ def test_who_is_served(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     ]
     (reason,) = backends.why_not("cuda", dtype=FLOAT, **call | {"hidden_size": 513})
     assert "W_hh of H=513 in float32 does not fit" in reason
-    assert backends.choose("auto", dtype=torch.float16, **call) == "reference"  # the others do not serve float16 here
+    assert backends.choose("auto", dtype=torch.float16, **call) == "cuda"  # the others do not serve float16 here
     monkeypatch.setattr(cuda, "_cuda", None)
     assert "with FORCE_CUDA=1" in backends.why_not("cuda", dtype=FLOAT, **call)[0]
 
@@ -131,15 +131,17 @@ def test_gpus_of_amd_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose("auto", **call) == "reference"
 
 
-@pytest.mark.parametrize(("fastest", "served"), [(None, "triton"), ("cuda", "cuda"), ("torch", "torch")])
-def test_auto_takes_what_was_measured(
+@pytest.mark.parametrize(("fastest", "served"), [(None, "cuda"), ("triton", "triton"), ("torch", "torch")])
+def test_auto_takes_what_was_measured_or_else_what_is_predicted(
     fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "device", "cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(proof, "failures", lambda *_, **__: [])
     monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
     layer = GRU(3, 100, swaps=Adjacent(1), device="meta")
-    monkeypatch.setattr(Network, "call", layer._network.call | {"device": torch.device("cuda")})
+    call = layer._network.call() | {"device": torch.device("cuda")}
+    monkeypatch.setattr(Network, "call", lambda network: call)
     assert layer.backend == served
 
 

@@ -340,10 +340,15 @@ def test_errors_are_torchs(name: str) -> None:
             with pytest.raises(expected.type):
                 ours(torch.randn(5, 3, 4), hx)
     for arguments in ((4, 0), (0, 4), (4, 6, 0), (4, 6.0)):
-        with pytest.raises((ValueError, TypeError)) as expected:
-            PAIRS[name][1](*arguments)
-        with pytest.raises(expected.type):
-            PAIRS[name][0](*arguments)
+        raised = []
+        for kind in PAIRS[name]:
+            try:
+                kind(*arguments)
+                raised.append(None)
+            except (ValueError, TypeError) as error:
+                raised.append(type(error))
+        assert raised[0] is raised[1]
+        assert raised[0] or 0 in arguments  # which torch 2.9 takes in part
 
 
 def test_refuses() -> None:
@@ -566,7 +571,8 @@ def test_torchs_own_layer_where_it_is_faster() -> None:
     assert sire_fast.GRU(3, 256).why_not_fused(batch=1) == []
 
     def fused(layer: nn.Module, x: Tensor) -> bool:
-        node = layer(x)[0].grad_fn
+        output = layer(x)[0]
+        node = output.grad_fn
         return "_SwapRNN" in str((node, *node.next_functions))
 
     assert fused(layer, x)

@@ -40,8 +40,14 @@ def kernel(request: pytest.FixtureRequest) -> Any:
 def every_kernel(of_gpus: dict[str, list[Case]]) -> pytest.MarkDecorator:
     """All cases for the CPU's kernels; for those of GPUs, which are slow here, the ones named."""
     on_cpu = [(name, case) for name in _C.instruction_sets() for case in CASES]
-    pairs = [(name, case) for name, cases in of_gpus.items() for case in cases] + on_cpu
+    pairs = [on_gpu(name, case) for name, cases in of_gpus.items() for case in cases] + on_cpu
     return pytest.mark.parametrize(("kernel", "case"), pairs, indirect=["kernel"], ids=str)
+
+
+def on_gpu(backend: str, case: Case) -> Any:
+    """A case for a kernel of GPUs; an interpreter takes a minute for many units."""
+    long = backend == "triton" and case.hidden >= 64
+    return pytest.param(backend, case, marks=pytest.mark.proof if long else ())
 
 
 FEW = CASES[::4]  # of every cell, size and option some
@@ -69,9 +75,10 @@ def test_bfloat16(case: Case, kernel: str) -> None:
 
 
 # relu's derivative jumps where rounding changes a sign
-@pytest.mark.parametrize("case", [case for case in FEW if case.cell != "rnn_relu"], ids=str)
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_float16(case: Case, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "case"), [on_gpu(b, c) for b in ("triton", "cuda") for c in FEW if c.cell != "rnn_relu"], ids=str
+)
+def test_float16(backend: str, case: Case) -> None:
     assert_as_good_as_reference(case.cell, make(case), torch.float16, backend)
 
 

@@ -6,8 +6,10 @@ import doctest
 import importlib
 import importlib.metadata
 import json
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +51,46 @@ def test_without_the_extension_one_warning_says_why_and_the_reference_serves() -
     assert reason.startswith("cpu: the extension sire_fast._C cannot be loaded")
     assert done.stderr.count("RuntimeWarning") == 1
     assert "without its compiled kernels" in done.stderr
+
+
+@pytest.mark.proof
+def test_a_build_without_a_compiler_installs_and_works(tmp_path: Path) -> None:
+    source, site = tmp_path / "source", tmp_path / "site"
+    for name in ("csrc", "kernels", "sire_fast"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", site, source], env={**os.environ, "CC": "false", "CXX": "false"}, check=True)
+    assert not [*site.rglob("*.so")]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, torch\n"
+            "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in str(f)]\n"  # which finds ours
+            "import sire_fast\n"
+            "layer = sire_fast.convert(torch.nn.GRU(4, 5), weight=0.1)\n"
+            "layer(torch.randn(6, 3, 4))[0].sum().backward()\n"
+            "print(sire_fast.__file__, sire_fast.penalty(layer).item(), sep='\\n')\n",
+        ],
+        env={**os.environ, "PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    path, penalty = done.stdout.splitlines()
+    assert path.startswith(str(site))
+    assert float(penalty) > 0
+    assert done.stderr.count("RuntimeWarning: sire_fast runs without its compiled kernels, slowly") == 1
+
+
+def test_the_oldest_torch_is_the_one_that_is_tested() -> None:
+    floor = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
+    assert f"TORCH ?= {floor}.0\n" in (ROOT / "Makefile").read_text()
+    workflow = ROOT / ".github/workflows/test.yml"
+    assert not workflow.exists() or f'"{floor}.0"' in workflow.read_text()  # which a source distribution lacks
 
 
 def test_import_is_quiet_and_brings_nothing_for_training_or_tests() -> None:

@@ -40,7 +40,7 @@ def _one_thread(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["half-range", "lp-mnist", "cost"])
+@pytest.mark.parametrize("name", ["half-range", "lp-mnist-rows", "lp-mnist-pixels", "figure2-long", "cost"])
 def test_quick_presets(tmp_path, name, capsys):
     assert cli.run(["reproduce", name, "--out", str(tmp_path)]) == 0
     page = (tmp_path / f"{name}.md").read_text()
@@ -65,6 +65,123 @@ def test_a_stopped_experiment_goes_on_with_what_lacks(tmp_path):
     # a file of other settings must not pass for this trial
     trials.run_all([(paths[0][0], replace(TINY, steps=4))], 1, lambda: None)
     assert json.loads(paths[0][0].read_text())["steps"]["step"] == 4
+
+
+class Stopped(Exception):
+    pass
+
+
+# Every state that a step leaves behind: of both generators, the optimiser, the averages, the best model, the schedule.
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"swaps": "adaptive:uniform:2", "fresh": True, "seconds": 0.05},
+        {"swaps": "adjacent:2", "compare": "swap", "patience": 25, "dropout": 0.5, "window": 2},
+    ],
+)
+def test_a_stopped_trial_goes_on_as_if_it_had_not(tmp_path, monkeypatch, changes):
+    trial = replace(TINY, steps=40, train_lengths=(4,), **changes)
+    whole = trials.run(trial)
+    path = tmp_path / "trial.json"
+    monkeypatch.setattr(trials, "SAVED_EVERY", 0.0)
+    advance, steps = trials.Training.advance, iter(range(20))
+
+    def stopping(training):
+        if next(steps, None) is None:
+            raise Stopped
+        return advance(training)
+
+    monkeypatch.setattr(trials.Training, "advance", stopping)
+    with pytest.raises(Stopped):
+        trials.run_all([(path, trial)], 1, lambda: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["trial.pt"]
+    taken = []
+    monkeypatch.setattr(trials.Training, "advance", lambda training: taken.append(1) or advance(training))
+    trials.run_all([(path, trial)], 1, lambda: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["trial.json"]
+    result = json.loads(path.read_text())
+    assert len(taken) == result["history"][-1]["step"] - 20
+    for line, wanted in zip(result["history"], whole["history"], strict=False):  # as many as the seconds allow
+        assert line | {"seconds": 0} == wanted | {"seconds": 0}
+    assert result["steps"]["metrics"] == whole["steps"]["metrics"]
+    assert result["steps"]["step"] == whole["steps"]["step"]
+
+
+def test_a_checkpoint_of_another_trial_is_left(tmp_path):
+    path = tmp_path / "trial.pt"
+    trials.Training(replace(TINY, seed=1)).save(path)
+    assert trials.run(TINY, path)["steps"]["metrics"] == trials.run(TINY)["steps"]["metrics"]
+
+
+@pytest.mark.parametrize(("problem", "values"), [("parity", [0.5, 0.7, 0.6, 0.6]), ("variance", [5.0, 3.0, 4.0, 4.0])])
+def test_patience_keeps_the_best_model(monkeypatch, problem, values):
+    told = iter(values)
+    monkeypatch.setattr(problems.Sequences, "validate", lambda *_: next(told))
+    trial = replace(TINY, problem=problem, steps=50)
+    result = trials.run(replace(trial, patience=2))
+    assert len(result["history"]) == 4
+    assert result["seconds"] == result["steps"]
+    assert trials.best(result) == (0.7 if problem == "parity" else -3.0)
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert result["steps"]["metrics"] == trials.run(replace(trial, steps=2))["steps"]["metrics"]
+
+
+def test_the_weight_warms_up(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        problems.Sequences, "penalty", lambda _, model, __: Seen.apply(model.body.head.bias.sum(), seen)
+    )
+    trials.run(replace(TINY, swaps="uniform:1", weight=8.0, steps=6, warm_up=4))
+    assert seen == [0.0, 2.0, 4.0, 6.0, 8.0, 8.0]
+
+
+class Seen(torch.autograd.Function):
+    """0, whose gradient is noted: the weight."""
+
+    @staticmethod
+    def forward(ctx, x, seen):
+        ctx.seen = seen
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.seen.append(grad.item())
+        return torch.zeros(()), None
+
+
+def test_windows_hand_on_states_but_no_gradients():
+    trial = replace(TINY, hidden=8, train_lengths=(6,), window=2, swaps="adjacent:all", compare="swap")
+    training = trials.Training(trial)
+    seen, layer = [], training.recurrent.layer
+    layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], inputs[1], output[1])))
+    assert training.advance()
+    (x, first, after), (_, second, _), (_, third, _) = seen
+    assert (len(x), first, len(training.at.losses)) == (2, None, 3)
+    torch.testing.assert_close(second, after, rtol=0, atol=0)
+    assert not second.requires_grad
+    assert third is not None
+    assert training.recurrent.initial is None  # the next sequence begins anew
+
+
+# What is chosen must be the best by validation, of trials that no result shows.
+def test_an_experiment_chooses_by_validation(monkeypatch, tmp_path):
+    choices = tuple(replace(TINY, steps=24, lr=lr, patience=50) for lr in (1e-3, 1e-2, 1e-1))
+    case = experiments.Case("s", "m", choices[0], choices, seeds=2)
+    monkeypatch.setitem(EXPERIMENTS, "tiny", experiments.Experiment("about", lambda: iter([case])))
+    original, ran = trials.run, []
+    monkeypatch.setattr(trials, "run", lambda trial, _: ran.append(trial) or original(trial))
+    monkeypatch.setattr(reproduce, "best", lambda result: -abs(result["trial"]["lr"] - 1e-2))
+    monkeypatch.setattr(reproduce, "NAMES", ("tiny",))
+    found, made = reproduce.reproduce(
+        "tiny", "full", reproduce.plan("tiny", "full", 3, None, tmp_path), tmp_path, 1, lambda: None
+    )
+    assert [(t.seed, t.steps, t.lr, t.patience) for t in ran] == [
+        *((experiments.CHOOSING_SEED, 3, lr, 0) for lr in (1e-3, 1e-2, 1e-1)),  # nothing stops so short a trial
+        *((seed, 24, 1e-2, 50) for seed in range(2)),
+    ]
+    assert found["rows"][0]["chosen"] == {"lr": 0.01}
+    assert "lr 0.01" in report.markdown("tiny", [], made)
 
 
 def test_a_trial_repeats():
@@ -158,7 +275,7 @@ def test_equal_time_goes_on_behind_equal_steps():
     assert result["seconds"]["seconds"] >= 0.2
 
 
-@pytest.mark.parametrize("model", ["rnn", "lstm", "janossy", "deepsets-prod", "sab", "isab"])
+@pytest.mark.parametrize("model", ["rnn", "irnn", "lstm", "janossy", "deepsets-prod", "sab", "isab"])
 def test_models_of_a_task(model):
     result = trials.run(replace(TINY, model=model, hidden=8))
     wanted = trials.run(replace(TINY, hidden=8))["parameters"]
@@ -171,6 +288,27 @@ def test_images_by_rows(monkeypatch, swaps):
     x, y = torch.rand(60, 8, 8), torch.arange(60) % 3
     monkeypatch.setattr(data, "images", lambda path: data.Split(x, y, x, y, 3, "noise"))
     trial = Trial("lp-mnist", model="rnn", cell="rnn", hidden=4, swaps=swaps, steps=2, batch=4)
+    result = trials.run(trial)
+    assert (result["history"][-1]["penalty"] > 0) == (swaps != "none")
+    assert 0 < result["steps"]["order_sensitivity"]["mean"] < 1
+
+
+@pytest.mark.parametrize("swaps", ["none", "local:20", "adjacent:2", "vertical:2", "grid:2"])
+@pytest.mark.parametrize("compare", ["end", "swap"])
+def test_images_by_pixels(monkeypatch, swaps, compare):
+    x, y = torch.rand(60, 8, 7), torch.arange(60) % 3
+    monkeypatch.setattr(data, "images", lambda path: data.Split(x, y, x, y, 3, "noise"))
+    trial = Trial(
+        "lp-mnist-pixels", model="irnn", cell="irnn", hidden=4, swaps=swaps, compare=compare, steps=2, batch=4
+    )
+    training = trials.Training(trial)
+    image, _ = training.problem.batch(1, torch.Generator().manual_seed(0))
+    assert image.shape == (56, 1, 1)
+    assert training.problem._seen.flatten().tolist() == image.flatten().tolist()  # along the rows
+    if layer_swaps := training.recurrent.layer.swaps:
+        i, j = layer_swaps(56, 200).unbind(-1)
+        allowed = {"adjacent": {1}, "vertical": {7}, "grid": {1, 7}}[swaps.partition(":")[0]]
+        assert set((j - i).flatten().tolist()) == allowed
     result = trials.run(trial)
     assert (result["history"][-1]["penalty"] > 0) == (swaps != "none")
     assert 0 < result["steps"]["order_sensitivity"]["mean"] < 1
@@ -199,6 +337,20 @@ def test_local_orders_exchange_neighbours_only():
         assert row == expected
 
 
+def test_augmented_clouds_are_stretched_and_turned_about_z():
+    clouds = torch.randn(50, 4, 3)
+    changed = data.augmented(clouds, torch.Generator().manual_seed(0))
+    for before, after in zip(clouds.unbind(1), changed.unbind(1), strict=True):
+        matrix = torch.linalg.lstsq(before, after).solution  # linear, one for all points of a cloud
+        torch.testing.assert_close(before @ matrix, after)
+        stretch = matrix.norm(dim=1)
+        assert (stretch > 0.79).all()
+        assert (stretch < 1.26).all()
+        assert matrix[2, :2].abs().max() < 1e-5
+        assert abs(torch.atan2(matrix[0, 1], matrix[0, 0]).item()) < 0.1 * math.pi + 1e-5
+    assert (changed - clouds).abs().max() > 0.01
+
+
 def test_points_from_a_file(tmp_path):
     x = np.random.default_rng(0).normal(5, 3, (40, 30, 3)).astype(np.float16)
     np.savez(tmp_path / "modelnet_tiny.npz", x=x, y=np.arange(40) % 2, test=np.arange(40) > 29)
@@ -207,8 +359,13 @@ def test_points_from_a_file(tmp_path):
     assert split.test_x.shape == (10, 30, 3)
     torch.testing.assert_close(split.x.mean((1, 2)), torch.zeros(30), atol=1e-5, rtol=0)
     torch.testing.assert_close(split.x.std((1, 2)), torch.ones(30))
-    trial = Trial("points", hidden=8, steps=2, batch=4, train_lengths=(10,), data=str(tmp_path))
-    assert "modelnet_tiny" in trials.run(trial)["source"]
+    trial = Trial("points", hidden=8, steps=2, batch=4, train_lengths=(10,), data=str(tmp_path), augment=True)
+    result = trials.run(trial)
+    assert "modelnet_tiny" in result["source"]
+    assert result["trial"]["data"] == tmp_path.name  # a result is handed on; where its data lay concerns nobody
+    path = tmp_path / "trial.json"
+    path.write_text(json.dumps(result))
+    assert trials._done(path, trial)
 
 
 @pytest.mark.parametrize("layout", ["authors", "ModelNet40"])
@@ -234,8 +391,8 @@ def test_points_from_hdf5(tmp_path, layout):
 @pytest.mark.parametrize(
     ("experiment", "name", "content"),
     [
-        ("lp-mnist", "mnist.npz", b"no archive"),
-        ("lp-mnist", "mnist.tgz", b"no archive"),
+        ("lp-mnist-rows", "mnist.npz", b"no archive"),
+        ("lp-mnist-pixels", "mnist.tgz", b"no archive"),
         ("table1", "modelnet.npz", b"PK\3\4 broken"),
         ("table1", "clouds.h5", b"no HDF5"),
     ],
@@ -276,7 +433,7 @@ def test_idx_files(tmp_path, packed):
         (["figure1", "--seeds", "0"], "seeds: expected at least 1"),
         (["figure1", "--data", "x"], "data: expected none for figure1"),
         (["table1", "--data", "x"], "data: expected point clouds"),
-        (["lp-mnist", "--data", "x"], "data: expected MNIST"),
+        (["lp-mnist-pixels", "--data", "x"], "data: expected MNIST"),
     ],
 )
 def test_bad_input_is_told_in_a_line(capsys, arguments, message):
@@ -293,9 +450,10 @@ def test_every_trial_has_a_file_of_its_own(monkeypatch, tmp_path, name, preset):
     nothing = data.Split(torch.zeros(0, 2, 2), torch.zeros(0), torch.zeros(0, 2, 2), torch.zeros(0), 1, "nothing")
     monkeypatch.setattr(data, "images", lambda path: nothing)
     monkeypatch.setattr(data, "points", lambda path: nothing)
-    planned = reproduce.plan(name, preset, 2, None, tmp_path)
-    assert len({path for _, path, _ in planned}) == len(planned)
-    methods = {(case.setting, case.method) for case, _, _ in planned}
+    rows = reproduce.plan(name, preset, 2, None, tmp_path)
+    files = [path for row in rows for path in (*row.choices, *row.results)]
+    assert len(set(files)) == len(files)
+    methods = {(row.case.setting, row.case.method) for row in rows}
     if preset == "full":
         assert set(EXPERIMENTS[name].published) <= methods
 

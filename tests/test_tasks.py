@@ -20,6 +20,18 @@ EACH_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
         ("range", [40, 7, 90, 12], 83),
         ("range", [5, 5], 0),
         ("variance", [1, 2, 3, 6], 3.5),  # of the population: (4 + 1 + 0 + 9) / 4
+        ("poker", [0, 14, 28, 42, 24], 0),
+        ("poker", [0, 13, 28, 42, 25], 1),
+        ("poker", [0, 13, 28, 15, 25], 2),
+        ("poker", [0, 13, 26, 15, 25], 3),
+        ("poker", [8, 22, 10, 11, 12], 4),
+        ("poker", [12, 13, 1, 2, 3], 4),  # an ace before the two
+        ("poker", [11, 25, 0, 1, 2], 0),  # but not between king and two
+        ("poker", [0, 2, 4, 6, 12], 5),
+        ("poker", [0, 13, 26, 1, 14], 6),
+        ("poker", [0, 13, 26, 39, 1], 7),
+        ("poker", [12, 0, 1, 2, 3], 8),
+        ("poker", [25, 24, 23, 22, 21], 9),
         ("half-range", [10, 60, 20, 30], 40),
         ("half-range", [10, 20, 60, 30], -10),  # the halves are not the same thing
     ],
@@ -35,6 +47,7 @@ def test_samples(task):
     assert x.shape == (6, 5000)
     assert y.shape == (5000,)
     assert set(x.unique().tolist()) == set(range(task.vocabulary))
+    assert task.distinct == all(len(set(sequence)) == 6 for sequence in x.T.tolist())
     again, _ = task.sample(6, 5000, torch.Generator().manual_seed(1))
     assert torch.equal(x, again)
 
@@ -74,7 +87,8 @@ def test_reordering_reaches_every_order_inside_the_blocks_and_no_other():
 def test_loss_and_metrics_of_right_answers(task):
     _, y = task.sample(5, 20, torch.Generator().manual_seed(0))
     # an output of 1 stands for the task's scale
-    outputs = torch.eye(2)[y] * 100 if task.outputs == 2 else (y / task.answer(torch.ones(1)))[:, None]
+    classes = torch.eye(task.outputs)[y.long()] * 100 if task.outputs > 1 else None
+    outputs = (y / task.answer(torch.ones(1)))[:, None] if classes is None else classes
     assert task.loss(outputs, y).item() == 0
     for name, metric in task.metrics.items():
         assert metric(task.answer(outputs), y).item() == pytest.approx(1 if name == "accuracy" else 0, abs=1e-4)

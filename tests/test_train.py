@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,6 +86,41 @@ def test_files_of_a_run(tmp_path):
     assert [line["step"] for line in history] == [*range(3, 250, 3), 250]
     assert set(history[0]) == {"step", "loss", "penalty", "accuracy", "seconds"}
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tensorboard_shows_the_history_of_a_resumed_run_too(tmp_path, monkeypatch):
+    shown = []
+
+    class Writer:
+        def __init__(self, directory, purge_step):
+            assert directory == tmp_path / "board"
+            shown.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            shown.append((step, name, value))
+
+        def flush(self):
+            shown.append("flushed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run = start(tmp_path / "run", steps=4)
+    run.advance()
+    run.record()
+    run.save()
+    assert shown == []
+    assert cli.run(["train", "sum", "--resume", str(tmp_path / "run"), "--log", str(tmp_path / "board")]) == 0
+    lines = without_seconds(tmp_path / "run" / "history.jsonl")[1:]
+    assert [line["step"] for line in lines] == [2, 3, 4]
+    of_a_line = [
+        [*((line["step"], name, line[name]) for name in ("loss", "penalty", "accuracy")), "flushed"] for line in lines
+    ]
+    assert shown == [2, *of_a_line[0], *of_a_line[1], *of_a_line[2]]
+
+
+def test_without_tensorboard_a_log_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert cli.run(["train", "sum", "--steps", "1", "--out", str(tmp_path / "run"), "--log", "board"]) == 2
+    assert capsys.readouterr().err == "sire-fast: log: TensorBoard is not installed: pip install tensorboard\n"
 
 
 @pytest.mark.parametrize(

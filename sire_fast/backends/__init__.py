@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,9 @@ class Backend(Protocol):
 
     def why_not(self, *, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
         """Reasons why it cannot serve a call, none if it can."""
+
+    def files(self) -> list[Path]:
+        """What its kernels were loaded from: another build has other ones, or of another time."""
 
     def computed_in(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of the tensors that it reads and writes for a call of this dtype; the penalty is at least
@@ -64,8 +68,8 @@ KERNELS: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda}
 # every name that a caller may give; "reference" is plain PyTorch with autograd's own gradient, and serves every call
 BACKENDS = (*KERNELS, "reference")
 
-# not yet run on a GPU: used where they are named, never by "auto"
-UNPROVEN = frozenset({"cuda"})
+# those that "auto" takes only where they have computed a small case right, on the very card (sire_fast.proof)
+PROVEN_BY_USE = frozenset({"triton", "cuda"})
 
 _forced: str | None = None
 
@@ -94,7 +98,7 @@ def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device
 
 def choose(backend: str, **call: Any) -> str:
     """The backend that serves a call: the named one, or for "auto" the forced one, or else the one that was measured to
-    be the fastest, or else the first that can.
+    be the fastest, or else the first that can; of those of GPUs, one that has computed a small case right before.
 
     Args:
         backend: "auto" or one of BACKENDS.
@@ -105,11 +109,8 @@ def choose(backend: str, **call: Any) -> str:
         NotImplementedError: the named or forced backend cannot serve the call; the message lists its reasons.
     """
     if backend == "auto" and not _forced:
-        fastest = gpu.fastest(**call)
-        if fastest in KERNELS and not why_not(fastest, **call):
-            return fastest
-        return next(name for name in BACKENDS if name not in UNPROVEN and not why_not(name, **call))
-    named = _forced if backend == "auto" else backend
+        return _first(**call)[0]
+    named = _forced if _forced and backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:
         raise NotImplementedError("; ".join(reasons))
@@ -119,16 +120,32 @@ def choose(backend: str, **call: Any) -> str:
 def why_no_kernel(**call: Any) -> list[str]:
     """The reasons why "auto" finds no kernel for such a call (see `why_not`), none if it does or if a backend is
     forced."""
-    if _forced:
-        return []
-    found: list[str] = []
-    for name in KERNELS:
-        if name not in UNPROVEN:
-            reasons = why_not(name, **call)
-            if not reasons:
-                return []
-            found += reasons
-    return found
+    name, reasons = _first(**call)
+    return reasons if name == "reference" and not _forced else []
+
+
+def _first(**call: Any) -> tuple[str, list[str]]:
+    """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
+    reasons: list[str] = []
+    for name in _by_speed(**call):
+        found = why_not(name, **call)
+        if not found and name in PROVEN_BY_USE:
+            from sire_fast import proof  # which knows all the rest
+
+            found = proof.failures(name, **call)
+        if not found:
+            return name, reasons
+        reasons += found
+    return "reference", reasons
+
+
+def _by_speed(**call: Any) -> list[str]:
+    """Kernels in the order in which they are asked: on a GPU as measured, or else as predicted."""
+    if torch.device(call["device"]).type != "cuda":
+        return [*KERNELS]
+    numbers = {name: value for name, value in call.items() if name != "device"}
+    first = [gpu.fastest(**call), *gpu.predicted(**numbers), *KERNELS]
+    return [name for name in dict.fromkeys(first) if name in KERNELS]
 
 
 def forced() -> str | None:

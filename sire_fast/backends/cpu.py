@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +13,11 @@ from torch import Tensor
 from sire_fast import reference
 from sire_fast.cells import CELLS
 
+_C: Any = None
+MISSING = ""
 try:
-    from sire_fast import _C
-
-    MISSING = ""
+    _C = import_module("sire_fast._C")
 except ImportError as error:
-    _C = None
     MISSING = str(error)
 
 # cell -> how many values of H each a step keeps for its gradient besides the states
@@ -58,6 +59,10 @@ def instruction_set() -> str:
     return _C.instruction_set().lower()
 
 
+def files() -> list[Path]:
+    return [Path(_C.__file__)]
+
+
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the tensors that the kernels read and write for a call of this dtype."""
     return _COMPUTED_IN[dtype]
@@ -81,7 +86,7 @@ def kept(
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
 ) -> None:
     x, *_, swaps, ends, lengths = inputs
     _check_rows(x, swaps, ends, lengths, outputs[-1] if train else None)
@@ -95,10 +100,10 @@ def backward(
     cell: str,
     arithmetic: str,
     recompute: bool,
-    inputs: Sequence[Tensor | None],
+    inputs: Sequence[Any],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    _check_rows(inputs[7], *inputs[14:17], inputs[-1])
+    _check_rows(inputs[7], inputs[14], inputs[15], inputs[16], inputs[-1])
     threads = torch.get_num_threads()
     _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
 

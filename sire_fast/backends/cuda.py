@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from sire_fast.backends.gpu import Call
 from sire_fast.cells import CELLS
 
 try:
-    from sire_fast import _cuda
+    from sire_fast import _cuda  # type: ignore[attr-defined]  # compiled, without types
 
     MISSING = ""
 except ImportError as error:
@@ -104,7 +105,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _chip(device: torch.device) -> Chip:
-    found = torch.cuda.get_device_properties(device)
+    found: Any = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin
     return Chip((found.major, found.minor), found.multi_processor_count, shared, torch.device("cuda", _index(device)))
 
@@ -137,6 +138,10 @@ def at_once(cell: str, dtype: str, hidden: int, of: Group, chip: Chip) -> int:
         return min(most, _cuda.clusters(cell, dtype, hidden, of.blocks))
 
 
+def files() -> list[Path]:
+    return [Path(_cuda.__file__)]
+
+
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """The dtype of inputs, weights and kept gates; states are float32."""
     return dtype
@@ -152,7 +157,7 @@ def kept(
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
 ) -> None:
     gpu.check(train, inputs, outputs[-1])
     x, w_ih, b_ih, *others = inputs
@@ -168,7 +173,7 @@ def forward(
 def _forward(
     cell: str,
     x_proj: Tensor,
-    others: Sequence[Tensor | None],
+    others: Sequence[Any],
     tracks: tuple[Tensor, Tensor],
     last: tuple[Tensor, Tensor],
     ended: tuple[Tensor, Tensor],
@@ -188,7 +193,7 @@ def backward(
     cell: str,
     arithmetic: str,
     recompute: bool,
-    inputs: Sequence[Tensor | None],
+    inputs: Sequence[Any],
     gradients: Sequence[Tensor | None],
 ) -> None:
     d_output, d_h_n, d_c_n, d_variants, d_penalty, d_cells, d_variant_cells, *inputs = inputs
@@ -230,7 +235,7 @@ def backward(
     if K and not (dx is dw_ih is db_ih is None):
         _run("gather", cell, x, (T, B, K, H, S), (swaps, ends, d_spans, d_first, dx_proj))
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
-        gpu.fill(gradient, lambda found=found: found)
+        gpu.fill(gradient, lambda found=found: found)  # type: ignore[misc]  # a default has no type
     gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 
 
@@ -264,6 +269,7 @@ def _launch(kernel: str, call: Call, longest: int, x: Tensor, tensors: Sequence[
     chip = _chip(x.device)
     size = call.cell, _name(x.dtype), call.H
     found = group(*size, chip)
+    assert found is not None  # or why_not would have refused the call
     blocks, with_mailbox = found
     most = at_once(*size, found, chip)
     plan = gpu.plan(call.T, call.B, call.K, longest, _cuda.rows, most)

@@ -3,10 +3,12 @@ kernels."""
 
 from __future__ import annotations
 
+import bisect
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,53 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
     major, minor = torch.cuda.get_device_capability(device)
     padded = 1 << (hidden_size - 1).bit_length()
     return FASTEST.get((cell, padded, str(dtype).removeprefix("torch."), 10 * major + minor))
+
+
+# (cell, dtype, backend) -> microseconds that bench.model predicts for each time step of a training step, forward and
+# backward, of 64 sequences with 8 variants each on an H100, where H is that of PREDICTED_HIDDEN; inf where it cannot
+# serve. `python -m bench.model --table` prints it. Not measured, and good to 40 %
+PREDICTED_HIDDEN = (32, 64, 128, 256, 512, 1024)
+PREDICTED: dict[tuple[str, str, str], tuple[float, ...]] = {
+    ("rnn_tanh", "float32", "triton"): (1.9, 3.2, 8.5, 68.2, 249.3, 952.6),
+    ("rnn_tanh", "float32", "cuda"): (3.2, 3.1, 6.0, 21.1, 88.9, math.inf),
+    ("rnn_tanh", "bfloat16", "triton"): (1.3, 1.8, 3.0, 6.7, 82.0, 284.5),
+    ("rnn_tanh", "bfloat16", "cuda"): (2.8, 2.7, 3.3, 9.8, 28.8, 155.4),
+    ("rnn_relu", "float32", "triton"): (1.7, 3.0, 7.5, 67.3, 247.5, 949.0),
+    ("rnn_relu", "float32", "cuda"): (3.1, 2.9, 5.6, 20.2, 86.0, math.inf),
+    ("rnn_relu", "bfloat16", "triton"): (1.2, 1.6, 2.7, 5.8, 80.2, 280.9),
+    ("rnn_relu", "bfloat16", "cuda"): (2.7, 2.7, 3.3, 9.7, 28.3, 153.9),
+    ("gru", "float32", "triton"): (3.8, 7.4, 39.6, 137.3, 510.6, 1968.1),
+    ("gru", "float32", "cuda"): (5.7, 6.7, 12.1, 40.0, 157.8, math.inf),
+    ("gru", "bfloat16", "triton"): (2.3, 3.2, 6.2, 41.1, 127.4, 438.4),
+    ("gru", "bfloat16", "cuda"): (3.6, 3.6, 5.3, 15.2, 45.5, 236.8),
+    ("lstm", "float32", "triton"): (5.6, 10.7, 49.3, 173.8, 651.9, 2525.0),
+    ("lstm", "float32", "cuda"): (8.5, 9.1, 17.0, 48.1, 189.2, math.inf),
+    ("lstm", "bfloat16", "triton"): (3.4, 4.7, 9.6, 50.3, 158.0, 549.9),
+    ("lstm", "bfloat16", "cuda"): (4.5, 4.3, 6.7, 18.9, 45.9, 266.2),
+}
+
+
+# of them, what cuDNN is expected to take for the same on stacked variants: twice the 14 us that it takes forward where
+# W_hh does not stay on chip. Not measured
+CUDNN = 28.0
+
+
+def predicted(*, cell: str, dtype: torch.dtype, hidden_size: int) -> dict[str, float]:
+    """Microseconds of PREDICTED at the next larger H, by backend, the fastest first; empty where there are none."""
+    at = bisect.bisect_left(PREDICTED_HIDDEN, hidden_size)
+    name = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    rows = {backend: row for (*call, backend), row in PREDICTED.items() if call == [cell, name]}
+    us = {backend: row[at] for backend, row in rows.items() if at < len(row)}
+    return dict(sorted(us.items(), key=lambda item: item[1]))
+
+
+def slower_than_torch(backend: str, *, cell: str, dtype: torch.dtype, hidden_size: int) -> list[str]:
+    """The reason why cuDNN, on the stacked variants, is expected to be faster than a kernel."""
+    us = predicted(cell=cell, dtype=dtype, hidden_size=hidden_size).get(backend, math.inf)
+    if us <= CUDNN:
+        return []
+    told = f"{us:.0f} us" if us < math.inf else "longer"
+    return [f"{backend}: at H={hidden_size} a step is predicted to take {told}, cuDNN's about {CUDNN:.0f}"]
 
 
 def why_not_here(backend: str) -> list[str]:
@@ -54,13 +103,14 @@ class Plan(NamedTuple):
 def plan(T: int, B: int, K: int, S: int, rows: int, tiles: int) -> Plan:
     """The fewest steps behind each other where `tiles` run at once; among equals the smallest tiles."""
 
-    def steps(candidate: Plan) -> int:
-        N, V = candidate
-        waves = _ceil_div(B, N * tiles)
-        return waves * (T + _ceil_div(N * (K - V), rows) * S)
-
     candidates = [Plan(N, V) for N in range(1, min(rows, B) + 1) for V in sorted({0, min(K, rows // N - 1)})]
-    return min(candidates, key=steps)
+    return min(candidates, key=functools.partial(steps, T, B, K, S, rows, tiles))
+
+
+def steps(T: int, B: int, K: int, S: int, rows: int, tiles: int, plan: Plan) -> int:
+    """Behind each other, of a plan."""
+    waves = _ceil_div(B, plan.sequences * tiles)
+    return waves * (T + _ceil_div(plan.sequences * (K - plan.in_step), rows) * S)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -94,7 +144,7 @@ class Call:
         S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
         return cls(cell, T, B, K, H, S, torch.promote_types(x.dtype, torch.float32))
 
-    def states(self, first: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+    def states(self, first: Any, second: Any) -> tuple[Any, ...]:
         """Of h alone or of h and c."""
         return (first, second)[: CELLS[self.cell].states]
 
@@ -117,7 +167,7 @@ def kept(
     return (rows, gates * hidden), (span_rows, CELLS[cell].states * hidden)
 
 
-def check(train: bool, inputs: Sequence[Tensor | None], spans: Tensor) -> None:
+def check(train: bool, inputs: Sequence[Any], spans: Tensor) -> None:
     """A ValueError if positions on the CPU, of inputs in the order of the operator's schema, lie outside their
     sequences, or their spans are too long for `spans`."""
     x, *_, swaps, ends, lengths = inputs

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sire_fast.backends import gpu
-from sire_fast.cells import CELLS
 
 _INSTALLED = find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HIDDEN = 1024
-_STREAMED = 1 << 20  # bytes, which take about 10 us to come through the cache to one program: cuDNN's time for a step
 _LEAST_CAPABILITY = (8, 0)
 
 
@@ -42,13 +41,10 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
     return reasons
 
 
-def slower_than_torch(*, cell: str, dtype: torch.dtype, hidden_size: int) -> list[str]:
-    """Reasons why cuDNN, on the stacked variants, is expected to be faster. Not measured: it follows from the time that
-    W_hh takes to come through the cache."""
-    size = CELLS[cell].gates * hidden_size**2 * dtype.itemsize
-    if size <= _STREAMED:
-        return []
-    return [f"triton: W_hh of {size >> 10} KiB streams through the cache at every step; cuDNN is expected to be faster"]
+def files() -> list[Path]:
+    from sire_fast import kernels
+
+    return sorted(Path(next(iter(kernels.__path__))).glob("*.py"))
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:

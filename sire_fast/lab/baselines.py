@@ -13,6 +13,7 @@ All map x (T, B, I) to outputs (B, O); those with an argument `lengths` (B) take
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,19 @@ from torch import Tensor, nn
 import sire_fast
 from sire_fast.swaps import Sampler
 
-RECURRENT = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
+
+def identity_rnn(inputs: int, hidden: int, **settings: Any) -> sire_fast.RNN:
+    """A relu network whose state stays as it is at first: Le et al., "A simple way to initialize recurrent networks of
+    rectified linear units", 2015."""
+    layer = sire_fast.RNN(inputs, hidden, nonlinearity="relu", **settings)
+    nn.init.eye_(layer.weight_hh_l0)
+    for name in ("bias_ih_l0", "bias_hh_l0"):
+        nn.init.zeros_(layer.get_parameter(name))
+    return layer
+
+
+RECURRENT: dict[str, Callable[..., sire_fast.RNN | sire_fast.GRU | sire_fast.LSTM]]
+RECURRENT = {"rnn": sire_fast.RNN, "irnn": identity_rnn, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 REDUCTIONS = ("sum", "mean", "max", "prod")
 
 
@@ -33,6 +46,11 @@ class Recurrent(nn.Module):
         outputs: width of the result, O.
         cell: a key of RECURRENT.
         swaps, compare: see sire_fast.RNN.
+        dropout: before the head.
+
+    Attributes:
+        initial: states that a forward begins with, as torch.nn's layers take them; None for zeros.
+        last: those after the last forward, without its graph.
     """
 
     def __init__(
@@ -43,15 +61,21 @@ class Recurrent(nn.Module):
         cell: str = "gru",
         swaps: Sampler | None = None,
         compare: str = "end",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.layer = RECURRENT[cell](inputs, hidden, swaps=swaps, compare=compare)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, outputs)
+        self.initial: Any = None
+        self.last: Any = None
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        _, last = self.layer(x, lengths=lengths)
-        h = last[0] if isinstance(last, tuple) else last
-        return self.head(h[-1])
+        _, last = self.layer(x, self.initial, lengths=lengths)
+        states = last if isinstance(last, tuple) else (last,)
+        detached = tuple(state.detach() for state in states)
+        self.last = detached if isinstance(last, tuple) else detached[0]
+        return self.head(self.dropout(states[0][-1]))
 
 
 class PublishedSwaps:
@@ -83,19 +107,21 @@ class DeepSets(nn.Module):
     Args:
         inputs, hidden, outputs: I, width of phi and rho, O.
         reduce: one of REDUCTIONS.
+        dropout: before rho.
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, reduce: str = "sum") -> None:
+    def __init__(self, inputs: int, hidden: int, outputs: int, reduce: str = "sum", dropout: float = 0.0) -> None:
         super().__init__()
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce: expected one of {', '.join(REDUCTIONS)}, got {reduce!r}")
         self.reduce = reduce
         last = nn.Tanh() if reduce == "prod" else nn.Identity()
         self.phi = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), last)
+        self.dropout = nn.Dropout(dropout)
         self.rho = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        return self.rho(reduced(self.phi(x), self.reduce, lengths))
+        return self.rho(self.dropout(reduced(self.phi(x), self.reduce, lengths)))
 
 
 def reduced(features: Tensor, reduce: str, lengths: Tensor | None = None) -> Tensor:
@@ -105,7 +131,8 @@ def reduced(features: Tensor, reduce: str, lengths: Tensor | None = None) -> Ten
         features = features.masked_fill(_padding(features, lengths).T[..., None], neutral)
     if reduce == "mean":
         return features.sum(0) / (len(features) if lengths is None else lengths.to(features)[:, None])
-    return {"sum": torch.sum, "max": torch.amax, "prod": torch.prod}[reduce](features, 0)
+    reductions: dict[str, Callable[..., Tensor]] = {"sum": torch.sum, "max": torch.amax, "prod": torch.prod}
+    return reductions[reduce](features, 0)
 
 
 def _padding(x: Tensor, lengths: Tensor) -> Tensor:
@@ -172,9 +199,12 @@ class SetTransformer(nn.Module):
         inputs, hidden, outputs: I, width (a multiple of heads), O.
         heads: of every attention.
         inducing: points of ISAB; 0 for SAB.
+        dropout: before the head.
     """
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, heads: int = 4, inducing: int = 0) -> None:
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, heads: int = 4, inducing: int = 0, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if hidden % heads:
             raise ValueError(f"hidden: expected a multiple of the {heads} heads, got {hidden}")
@@ -183,6 +213,7 @@ class SetTransformer(nn.Module):
             InducedAttention(hidden, heads, inducing) if inducing else SelfAttention(hidden, heads) for _ in range(2)
         )
         self.pool = AttentionPooling(hidden, heads)
+        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(hidden, outputs)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
@@ -190,7 +221,7 @@ class SetTransformer(nn.Module):
         h = self.embed(x).transpose(0, 1)
         for block in self.blocks:
             h = block(h, padding)
-        return self.head(self.pool(h, padding))
+        return self.head(self.dropout(self.pool(h, padding)))
 
 
 class Janossy(nn.Module):

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from torch.nn.functional import linear
 
 import sire_fast
 from sire_fast import swaps
-from sire_fast.backends import cpu
+from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS
 from sire_fast.layers import COMPARES
 from sire_fast.reference import with_variants
@@ -103,13 +104,14 @@ class Contestant(NamedTuple):
         label: what it is, for people.
         forward: (module, x (T, B, I), sampler, compare) -> output (T, B, H) and the penalty, None without one.
         prepare: (torch's layer, sampler, compare) -> the module with the layer's weights that `forward` takes.
-        compares: which settings it can run.
+        compares, serves: which settings it can run.
     """
 
     label: str
     forward: Callable[[nn.Module, Tensor, Sampler, str], tuple[Tensor, Tensor | None]]
     prepare: Callable[[nn.RNNBase, Sampler, str], nn.Module] = lambda layer, sampler, compare: layer
     compares: tuple[str, ...] = COMPARES
+    serves: Callable[[Setting], bool] = lambda setting: True
 
 
 class Step:
@@ -123,7 +125,9 @@ class Step:
 
     def __init__(self, setting: Setting, name: str, sampler: Sampler | None = None) -> None:
         contestant = CONTESTANTS[name]
-        self.sampler = sampler or swaps.parse(setting.swaps)
+        drawn = sampler or swaps.parse(setting.swaps)
+        assert drawn is not None  # which the setting refuses
+        self.sampler = drawn
         self.compare, self.forward = setting.compare, contestant.forward
         to = {"dtype": getattr(torch, setting.dtype), "device": setting.device}
         with torch.random.fork_rng(devices=[]):
@@ -205,6 +209,7 @@ def _behind(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, T
     running = variants = _Variants(*(v[longest_first] for v in variants))
     span = variants.end - variants.i
     longest = int(span[0]) + 1
+    projected: Any
     if isinstance(layer, nn.LSTM):  # torch's layer tells c of the last step only
         projected = linear(x, w_ih, b_ih)
         *tracks, recurrent = _lstm(projected, w_hh, b_hh)
@@ -245,7 +250,8 @@ def _lstm(projected: Tensor, w_hh: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor
         u = linear(h, w_hh, b_hh)
         h, c = CELLS["lstm"].step(x, u, (h, c))
         history.append((h, c, u))
-    return tuple(torch.stack(track) for track in zip(*history, strict=True))
+    h, c, u = (torch.stack(track) for track in zip(*history, strict=True))
+    return h, c, u
 
 
 def _in_step(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, Tensor]:
@@ -296,7 +302,7 @@ def _published(cell: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tu
     return torch.stack(output), (ended[1] - ended[0]).square().sum(-1).mean()
 
 
-def _hidden(state: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+def _hidden(state: Any) -> Tensor:
     return state if isinstance(state, Tensor) else state[0]
 
 
@@ -308,6 +314,33 @@ def _as_cell(layer: nn.RNNBase, sampler: Sampler, compare: str) -> nn.Module:
     return cell
 
 
+class _TorchRL(nn.Module):
+    """TorchRL's fused kernels with the weights of a layer. They take float32, batch first, and a state for every step,
+    to which a mask may set a sequence back: here never."""
+
+    def __init__(self, layer: nn.RNNBase, sampler: Sampler, compare: str) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        from torchrl.modules.tensordict_module import _rnn_triton as theirs
+
+        steps, batch, _ = x.shape
+        restarts = torch.zeros(batch, steps, dtype=torch.bool, device=x.device)
+        run, states = (theirs.lstm_triton, 2) if isinstance(self.layer, nn.LSTM) else (theirs.gru_triton, 1)
+        start = torch.zeros(batch, steps, self.layer.hidden_size, device=x.device)
+        weights = [parameter.float() for parameter in self.layer.parameters()]
+        precision = "tf32" if gpu.allows_tf32() else "tf32x3"
+        batch_first = x.transpose(0, 1).float()
+        output, *_ = run(batch_first, *states * [start], *weights, restarts, x.dtype, input_precision=precision)
+        return output.transpose(0, 1).to(x.dtype), None
+
+    @staticmethod
+    def serves(setting: Setting) -> bool:
+        there = find_spec("torchrl") is not None and setting.device.startswith("cuda")
+        return there and setting.cell != "RNN" and setting.dtype in ("float32", "bfloat16")
+
+
 CONTESTANTS = {
     "plain": Contestant("torch.nn without SIRE", _plain),
     "sire_fast plain": Contestant(
@@ -317,12 +350,14 @@ CONTESTANTS = {
     "stacked": Contestant("torch.nn on the stacked variants", _stacked),
     "shared": Contestant("plain PyTorch, prefix shared", _shared),
     "published": Contestant("the authors' procedure, K=1", _published, _as_cell, ("swap",)),
+    "torchrl": Contestant("TorchRL's kernels without SIRE", _plain, _TorchRL, serves=_TorchRL.serves),
+    "torchrl stacked": Contestant("TorchRL's on the stacked variants", _stacked, _TorchRL, serves=_TorchRL.serves),
 }
 
 
 def contestants(setting: Setting) -> list[str]:
     """The names of those who can run a setting, keys of CONTESTANTS."""
-    return [name for name, contestant in CONTESTANTS.items() if setting.compare in contestant.compares]
+    return [name for name, each in CONTESTANTS.items() if setting.compare in each.compares and each.serves(setting)]
 
 
 def measure(
@@ -402,7 +437,8 @@ def _peak_growth(setting: Setting, name: str, threads: int) -> int | None:
 
 def _resident(field: str) -> int:
     """Bytes of resident memory: now (VmRSS), or at its peak (VmHWM)."""
-    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    found = re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[0])
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -434,7 +470,7 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit of the checkout that this file lies in, with "-dirty" if files have changed since; None if it lies
     in none."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]

@@ -1,10 +1,11 @@
-"""The command line: train, eval, inspect, bench, reproduce, doctor, demo.
+"""The command line: train, eval, inspect, bench, reproduce, doctor, check, demo.
 
 Bad input ends with a line on stderr and exit code 2; --debug before the command shows where an error came from.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ from rich.table import Column, Table
 from torch import distributed
 
 import sire_fast
-from sire_fast import backends
+from sire_fast import backends, proof
 from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
@@ -37,16 +38,17 @@ from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import INSPECTED, Config, Run, by_first, claim, evaluate, of_all, write
+from sire_fast.lab.train import INSPECTED, Config, Run, by_first, check_device, claim, evaluate, of_all, write
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
 _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
 _PICTURE = "demo.png"
+_CHECKED = ("float32", "bfloat16", "float16")  # dtypes
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
-_UsageError = typer.BadParameter.__base__
+_UsageError: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     help="Train recurrent networks that do not care about the order of their input.",
@@ -116,7 +118,7 @@ def _with_options_of(settings: type) -> Callable[[Callable[..., None]], Callable
         default = Parameter.empty if required else field.default
         return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, told])
 
-    def extend(command: Callable[..., None]) -> Callable[..., None]:
+    def extend(command: Any) -> Callable[..., None]:
         *own, _ = signature(command, eval_str=True).parameters.values()
         parameters = [*map(parameter, fields(settings)), *own]
         command.__signature__ = Signature([p.replace(kind=Parameter.KEYWORD_ONLY) for p in parameters])
@@ -133,6 +135,7 @@ def train_command(
     out: Annotated[Path | None, typer.Option(help="Directory for the run.", show_default="runs/TASK")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that the directory holds.")] = False,
+    log: Annotated[Path | None, typer.Option(help="Directory for TensorBoard, where that is installed.")] = None,
     **settings: Any,
 ) -> None:
     """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt.
@@ -146,8 +149,10 @@ def train_command(
             _check_resume(context, chosen, task)
         else:
             chosen = Run(Config(**settings), out or Path("runs", task))
-    if not resume:
-        with _bad_input():
+    with _bad_input():
+        if log:
+            by_first(lambda: chosen.show_in_tensorboard(log))
+        if not resume:
             by_first(lambda: claim(chosen.directory, force))
     try:
         with _progress() as progress:
@@ -288,8 +293,8 @@ def bench(
 @app.command("reproduce")
 def reproduce_command(
     name: Annotated[str, typer.Argument(help=f"One of {', '.join(NAMES)}.", show_default=False)],
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, or about an hour.")] = "quick",
-    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 5 full")] = None,
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}: seconds, or an hour to a day.")] = "quick",
+    seeds: Annotated[int | None, typer.Option(help="Number of them.", show_default="1 quick, 3 to 20 full")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="File or folder with MNIST or point clouds; generated or small ones if not given."),
@@ -304,10 +309,11 @@ def reproduce_command(
     with _bad_input():
         planned = plan(name, preset, seeds, data, out)
     workers = os.cpu_count() or 1 if preset == "full" else 1
+    trainings = sum(len(row.choices) + len(row.results) for row in planned)
     columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
     try:
         with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
-            kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", len(planned))
+            kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", trainings)
             bar = progress.add_task(f"{name}, {kind}", total=count)
             _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:
@@ -332,7 +338,7 @@ def doctor() -> None:
     for backend in backends.BACKENDS:
         for device in devices:
             for dtype in (torch.float32, torch.bfloat16):
-                call = {"dtype": dtype, "device": device, "hidden_size": 128}
+                call: dict[str, Any] = {"dtype": dtype, "device": device, "hidden_size": 128}
                 # few reasons depend on the cell: each is told once
                 reasons = dict.fromkeys(
                     reason.removeprefix(f"{backend}: ")
@@ -341,11 +347,42 @@ def doctor() -> None:
                 )
                 name = str(dtype).removeprefix("torch.")
                 told = "; ".join(reasons) or "serves"
-                if backend in backends.UNPROVEN:
-                    told += "; not yet run on a GPU, used where it is named"
+                if told == "serves" and backend in backends.PROVEN_BY_USE:
+                    told += ", once a small case was right on this card"
                 table.add_row(f"backend {backend}", f"{device}, {name}: {told}")
     table.add_row("layers", cpu.SLOWER_THAN_TORCH)
     _console.print(table)
+
+
+@app.command("check")
+def check_command(
+    device: Annotated[
+        str | None, typer.Option(help="As torch names it.", show_default="a GPU where there is one")
+    ] = None,
+    cells: Annotated[list[str], typer.Option("--cell", help=f"Of {', '.join(CELLS)}.")] = [*CELLS],  # noqa: B006
+    dtypes: Annotated[list[str], typer.Option("--dtype", help=f"Of {', '.join(_CHECKED)}.")] = [*_CHECKED],  # noqa: B006
+    sizes: Annotated[list[int], typer.Option("--H", help="Units.")] = [7, 64, 100, 128],  # noqa: B006
+) -> None:
+    """Hold every kernel that serves a device against plain PyTorch in float64; exit code 1 if one is wrong.
+
+    Options may be given several times. sire_fast.check(model, x) does it for the layers of a model.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with _bad_input():
+        for name, values, known in (("cell", cells, CELLS), ("dtype", dtypes, _CHECKED)):
+            for value in values:
+                if value not in known:
+                    raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if min(sizes) < 1:
+            raise ValueError(f"H: expected at least 1, got {min(sizes)}")
+        check_device(device)
+    calls = [*itertools.product(backends.KERNELS, cells, [getattr(torch, name) for name in dtypes])]
+    with Progress(console=_console, transient=True) as progress:
+        tracked = progress.track(calls, description="check")
+        report = proof.Report([proof.check_kernel(*call, device, sizes) for call in tracked], proof.environment(device))
+    print(report)  # for a bug report: on a console it would be wrapped
+    if not report.right:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -482,8 +519,9 @@ def _show_inspection(found: Inspection, title: str) -> None:
 def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
     if task != chosen.config.task:
         raise ValueError(f"task: expected {chosen.config.task}, which the run was started with, got {task!r}")
-    given = [name for name in context.params if context.get_parameter_source(name).name == "COMMANDLINE"]
-    further = [f"--{name}" for name in given if name not in ("task", "resume")]
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
+    further = [f"--{name}" for name in given if name not in ("task", "resume", "log")]
     if further:
         raise ValueError(f"--resume keeps the settings of the run: expected no {', '.join(further)}")
     if chosen.processes != chosen.trained_by:

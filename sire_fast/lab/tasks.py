@@ -35,6 +35,7 @@ class Task:
         metrics: name -> ((answers (B, O), right answers (B)) -> scalar); the first is the task's own.
         boundaries: where blocks of the sequence begin, as fractions of its length; the answer then ignores
             the order inside each block only. Empty if it ignores the order altogether.
+        distinct: whether no number comes twice in a sequence, as no card of a deck does.
     """
 
     about: str
@@ -47,6 +48,7 @@ class Task:
     answer: Callable[[Tensor], Tensor]
     metrics: dict[str, Compare]
     boundaries: tuple[float, ...] = ()
+    distinct: bool = False
 
     @property
     def metric(self) -> str:
@@ -60,7 +62,10 @@ class Task:
 
     def sample(self, length: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random sequences (T, B) int64 and their right answers (B)."""
-        x = torch.randint(self.vocabulary, (length, batch), generator=generator)
+        if self.distinct:
+            x = torch.rand(self.vocabulary, batch, generator=generator).argsort(0)[:length]
+        else:
+            x = torch.randint(self.vocabulary, (length, batch), generator=generator)
         return x, self.label(x)
 
     def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -113,6 +118,20 @@ def _half_range(x: Tensor) -> Tensor:
     return (x[:half].amax(0) - x[half:].amin(0)).float()
 
 
+def _hand(x: Tensor) -> Tensor:
+    """What five cards are worth, suit * 13 + rank from two to ace, numbered as in UCI's data: nothing, pair, two pairs,
+    three of a kind, straight, flush, full house, four of a kind, straight flush, royal flush."""
+    rank, suit = x % 13, x // 13
+    counts = (rank[None] == torch.arange(13)[:, None, None]).sum(1)  # (13, B)
+    pairs, most = (counts == 2).sum(0), counts.amax(0)
+    low, high, below = rank.amin(0), rank.amax(0), rank.sort(0).values[-2]
+    straight = (most == 1) & ((high - low == 4) | ((high == 12) & (below == 3)))  # an ace may stand before the two
+    flush = (suit == suit[0]).all(0)
+    hand = torch.where(most == 4, 7, torch.where(most == 3, torch.where(pairs > 0, 6, 3), pairs.clamp(max=2)))
+    hand = torch.where(straight, torch.where(flush, torch.where(low == 8, 9, 8), 4), hand)
+    return torch.where(flush & ~straight, 5, hand)
+
+
 def _right_class(answers: Tensor, y: Tensor) -> Tensor:
     return (answers.argmax(-1) == y).float().mean()
 
@@ -149,7 +168,7 @@ def _number(scale: float, vocabulary: int = 100, **metrics: Compare) -> dict[str
     }
 
 
-_EXACT = {"accuracy": _right_rounded, "mae": _mae, "mse": _mse}
+_EXACT: dict[str, Any] = {"accuracy": _right_rounded, "mae": _mae, "mse": _mse}
 _SHORT = tuple(range(2, 11))
 _LONGER = (5, 10, 20, 30, 40, 50, 75, 100)
 
@@ -179,6 +198,15 @@ TASKS = {
         train_lengths=(10,),
         test_lengths=(10,),
         **_number(10, 10, **_EXACT),
+    ),
+    "poker": Task(
+        "worth of five cards",
+        _hand,
+        vocabulary=52,
+        train_lengths=(5,),
+        test_lengths=(5,),
+        distinct=True,
+        **_classes(10),
     ),
     "half-range": Task(
         "largest of the first half minus smallest of the second",

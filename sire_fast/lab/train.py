@@ -38,6 +38,7 @@ from sire_fast.lab import benchmark
 from sire_fast.lab.tasks import TASKS, Task
 from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
+from sire_fast.swaps import Sampler
 
 LAYERS = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 FILES = CHECKPOINT, HISTORY, RESULT, CURVES = "model.pt", "history.jsonl", "result.json", "curves.png"
@@ -102,12 +103,21 @@ class Config:
             )
         if self.swaps is None:
             object.__setattr__(self, "swaps", TASKS[self.task].swaps)
-        schedules.parse(self.swaps)
-        try:
-            torch.zeros((), device=self.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"device: {self.device!r} cannot be used: {reason}") from None
+        self.sampler()
+        check_device(self.device)
+
+    def sampler(self) -> Sampler | None:
+        """Of the swaps, None for none."""
+        return schedules.parse(self.swaps or "none")
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError unless torch can compute there."""
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
 
 
 class Model(nn.Module):
@@ -116,14 +126,14 @@ class Model(nn.Module):
     Maps sequences (T, B) int64 to outputs (B, O).
     """
 
+    features: Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         task = TASKS[config.task]
         # a buffer: it is saved with the model but not trained (Murphy et al.)
         self.register_buffer("features", torch.rand(task.vocabulary, EMBEDDING) - 0.5)
-        self.layer = LAYERS[config.cell](
-            EMBEDDING, config.hidden, swaps=schedules.parse(config.swaps), compare=config.compare
-        )
+        self.layer = LAYERS[config.cell](EMBEDDING, config.hidden, swaps=config.sampler(), compare=config.compare)
         self.head = nn.Linear(config.hidden, task.outputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,9 +168,9 @@ def by_first(action: Callable[[], Result]) -> Result:
         except BaseException as error:
             outcome[1] = error
     distributed.broadcast_object_list(outcome)
-    result, error = outcome
-    if error is not None:
-        raise error
+    result, wrong = outcome
+    if wrong is not None:
+        raise wrong
     return result
 
 
@@ -209,6 +219,7 @@ class Run:
         self.seconds = 0.0
         self.sums = [0.0, 0.0, 0]  # loss, penalty and number of steps since the last line of the history
         self.history: list[dict[str, float]] = []
+        self.board: Any = None
         lengths = self.task.train_lengths
         share, rest = divmod(config.examples, len(lengths))
         counts = [share + (n < rest) for n in range(len(lengths))]
@@ -242,14 +253,14 @@ class Run:
         self.step += 1
         self.sums = [total + value for total, value in zip(self.sums, (*values, 1), strict=True)]
         self.seconds += time.perf_counter() - began
-        return values
+        return values[0], values[1]
 
     def _share_gradients(self) -> None:
         """Make each gradient its mean over all processes."""
         if self.processes == 1:
             return
         # as one sum in one order: DistributedDataParallel learns its order anew in a resumed run, and rounds otherwise
-        gradients = [parameter.grad for parameter in self.model.parameters()]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         joined = nn.utils.parameters_to_vector(gradients)
         distributed.all_reduce(joined)
         nn.utils.vector_to_parameters(joined / self.processes, gradients)
@@ -285,6 +296,22 @@ class Run:
         self.history.append(line)
         with (self.directory / HISTORY).open("a") as file:
             file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name in ("loss", "penalty", self.task.metric):
+                self.board.add_scalar(name, line[name], self.step)
+            self.board.flush()
+
+    def show_in_tensorboard(self, directory: Path) -> None:
+        """Write the lines of the history there from now on, for TensorBoard.
+
+        Raises:
+            ValueError: it is not installed.
+        """
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError("log: TensorBoard is not installed: pip install tensorboard") from None
+        self.board = SummaryWriter(directory, purge_step=self.step + 1)
 
     def save(self) -> None:
         """Write the checkpoint."""
@@ -392,7 +419,7 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(model: Model, task: Task) -> dict[str, Any]:
+def evaluate(model: nn.Module, task: Task) -> dict[str, Any]:
     """Measure a model on held-out sequences, the same for every model.
 
     Returns:
@@ -401,7 +428,7 @@ def evaluate(model: Model, task: Task) -> dict[str, Any]:
         order_sensitivity: mean and max of |change of the answer| over all test lengths.
     """
     model.eval()
-    device = model.features.device
+    device = next(model.parameters()).device
     metrics, changes = {}, []
     for length in task.test_lengths:
         generator = torch.Generator().manual_seed(_TEST_SEED + length)
@@ -423,7 +450,7 @@ def evaluate(model: Model, task: Task) -> dict[str, Any]:
 def validate(model: nn.Module, task: Task) -> float:
     """The task's metric on held-out sequences, shared out evenly among the training lengths."""
     model.eval()
-    device = model.features.device
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     metric = task.metrics[task.metric]
     scores = []

@@ -3,6 +3,7 @@
 A problem has, for the one loop in trials.py:
 
     inputs, outputs, source, epoch        sizes, where its data come from, examples in an epoch (0: all are new)
+    sampler(text) -> sampler or None      of swaps in a layer; None where there are none, or `penalty` draws them
     batch(n, generator) -> x, y           x (T, n, ...) and right answers (n)
     loss(outputs (n, O), y) -> scalar
     reorder(x, generator) -> x            in a random order that leaves the answers alone
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import sire_fast
-from sire_fast import swaps
+from sire_fast import schedules, swaps
 from sire_fast.lab import train
-from sire_fast.lab.baselines import shuffled
-from sire_fast.lab.paper.data import Split, local_orders, neighbours
+from sire_fast.lab.baselines import PublishedSwaps, shuffled
+from sire_fast.lab.paper.data import Split, augmented, local_orders, neighbours
 from sire_fast.lab.tasks import Task
+from sire_fast.swaps import Sampler
 
 LOCAL_SWAPS = 1176  # 1.5 for each pixel of MNIST: with as many a CNN reaches 96 % and a row RNN 87 %, as published
 _CHUNK = 4096  # images perturbed at once: their swaps take memory
@@ -36,8 +38,15 @@ _SHARE = 10  # one of so many training examples is held out for validation
 Head = Callable[[Tensor], Tensor] | None
 
 
+def sampler(text: str) -> Sampler | None:
+    """The sampler that a trial names."""
+    return PublishedSwaps() if text == "published" else schedules.parse(text)
+
+
 class Numbers(nn.Module):
     """Fixed random features of whole numbers before a model of sequences (T, B, I); Murphy et al."""
+
+    features: Tensor
 
     def __init__(self, vocabulary: int, body: nn.Module) -> None:
         super().__init__()
@@ -58,6 +67,7 @@ class Sequences:
     """
 
     inputs, source = train.EMBEDDING, "generated sequences"
+    sampler = staticmethod(sampler)
 
     def __init__(self, task: Task, examples: int, generator: torch.Generator) -> None:
         self.task, self.outputs, self.loss, self.reorder = task, task.outputs, task.loss, task.reorder
@@ -92,15 +102,18 @@ class Classes:
     Args:
         split: examples (N, P, I).
         elements: how many of the P elements a model reads.
+        augment: stretch and turn the clouds that are trained on.
     """
 
-    def __init__(self, split: Split, elements: int) -> None:
+    sampler = staticmethod(sampler)
+
+    def __init__(self, split: Split, elements: int, augment: bool = False) -> None:
         self.source, self.outputs, self.inputs = split.source, split.classes, split.x.shape[-1]
         order = torch.randperm(len(split.x), generator=torch.Generator().manual_seed(_DATA_SEED))
         held, kept = order.split([len(order) // _SHARE, len(order) - len(order) // _SHARE])
         self._train, self._held = (split.x[kept], split.y[kept]), (split.x[held], split.y[held])
         self._test = split.test_x, split.test_y
-        self.elements, self.epoch = elements, len(kept)
+        self.elements, self.augment, self.epoch = elements, augment, len(kept)
 
     def wrap(self, body: nn.Module) -> nn.Module:
         return body
@@ -112,7 +125,8 @@ class Classes:
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = self._train
         chosen = torch.randint(len(y), (n,), generator=generator)
-        return self.read(x[chosen], generator), y[chosen]
+        x = self.read(x[chosen], generator)
+        return augmented(x, generator) if self.augment else x, y[chosen]
 
     def loss(self, outputs: Tensor, y: Tensor) -> Tensor:
         return cross_entropy(outputs, y)
@@ -153,31 +167,43 @@ class Classes:
 
 
 class LocalImages(Classes):
-    """Images in which random neighbouring pixels have changed places (locally perturbed MNIST); read by rows.
+    """Images in which random neighbouring pixels have changed places (locally perturbed MNIST).
 
     Args:
         split: images (N, H, W).
-        sampler: "none"; "local:N" compares states for an image and for the image after N more swaps of neighbours;
-            "neighbours:K" for K images with one swap each; anything else swaps rows, in the layer.
+        sampler: "local:N" compares states for an image and for the image after N more swaps of neighbours;
+            "neighbours:K" for K images with one swap each; anything else, see `sampler`, swaps in the layer.
+        by_pixels: a step of the sequence is a pixel, along the rows; else a row.
     """
 
-    def __init__(self, split: Split, sampler: str) -> None:
+    def __init__(self, split: Split, sampler: str, by_pixels: bool = False) -> None:
         self.height, self.width = split.x.shape[1:]
         pixels = self.height * self.width
         self.pairs = neighbours(self.height, self.width)
         self.local_swaps = LOCAL_SWAPS * pixels // 784
         generator = torch.Generator().manual_seed(_DATA_SEED)
         split = split._replace(x=self._perturbed(split.x, generator), test_x=self._perturbed(split.test_x, generator))
-        super().__init__(split, self.height)
+        super().__init__(split, pixels if by_pixels else self.height)
+        self.inputs = 1 if by_pixels else self.width
         self.source += f", {self.local_swaps} swaps of neighbouring pixels in each"
         kind, _, count = sampler.partition(":")
-        self._kind, self._seen = kind, None
+        self._kind, self._seen = kind, torch.empty(0)
         # composed once: a batch would take longer to perturb than to learn from
         self._orders, self._penalised = (
             local_orders(swaps.Pairs(n, self.pairs)(pixels, 1024, generator), pixels)
             for n in (self.local_swaps, int(count) if kind == "local" else 1)
         )
         self._single = swaps.Pairs(int(count), self.pairs) if kind == "neighbours" else None
+
+    def sampler(self, text: str) -> Sampler | None:
+        """As for other problems; by pixels also "vertical:K", pairs above each other, and "grid:K", of neighbours."""
+        kind, _, count = text.partition(":")
+        if kind in ("local", "neighbours"):
+            return None
+        if kind in ("vertical", "grid"):
+            pairs = [pair for pair in self.pairs if kind == "grid" or pair[1] - pair[0] == self.width]
+            return swaps.Pairs(int(count), pairs)
+        return sampler(text)
 
     def _perturbed(self, images: Tensor, generator: torch.Generator) -> Tensor:
         sampler, flat = swaps.Pairs(self.local_swaps, self.pairs), images.flatten(1)
@@ -188,7 +214,7 @@ class LocalImages(Classes):
         return torch.cat(parts).view(images.shape)
 
     def read(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return x.transpose(0, 1)
+        return self._sequences(x.flatten(1).T)
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x, y = super().batch(n, generator)
@@ -196,14 +222,14 @@ class LocalImages(Classes):
         return x, y
 
     def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return self._rows(_in_orders(self._pixels(x), self._orders, generator))
+        return self._sequences(_in_orders(self._pixels(x), self._orders, generator))
 
-    def penalty(self, model: nn.Module, through: Head) -> Tensor:
+    def penalty(self, model: Any, through: Head) -> Tensor:
         if self._kind not in ("local", "neighbours"):
             return super().penalty(model, through)
 
         def state(pixels: Tensor) -> Tensor:
-            h = model.layer(self._rows(pixels))[0][-1]
+            h = model.layer(self._sequences(pixels))[0][-1]
             return h if through is None else through(h)
 
         pixels = self._pixels(self._seen)
@@ -214,11 +240,11 @@ class LocalImages(Classes):
         return (a - b).square().sum(-1).mean()
 
     def _pixels(self, x: Tensor) -> Tensor:
-        """Rows (H, B, W) -> pixels (H * W, B)."""
+        """Sequences (T, B, I) -> pixels (H * W, B)."""
         return x.transpose(1, 2).flatten(0, 1)
 
-    def _rows(self, pixels: Tensor) -> Tensor:
-        return pixels.unflatten(0, (self.height, self.width)).transpose(1, 2)
+    def _sequences(self, pixels: Tensor) -> Tensor:
+        return pixels.unflatten(0, (self.elements, self.inputs)).transpose(1, 2).contiguous()
 
 
 def _in_orders(pixels: Tensor, orders: Tensor, generator: torch.Generator | None = None) -> Tensor:

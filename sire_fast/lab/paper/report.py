@@ -6,10 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -45,7 +44,7 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
             row = {
                 "setting": case.setting,
                 "method": case.method,
-                "config": {k: v for k, v in asdict(case.trial).items() if k not in ("seed", "data")},
+                "config": {k: v for k, v in runs[0]["trial"].items() if k not in ("seed", "data")},
                 "budget": budget,
                 "metrics": {m: {c: _spread([f["metrics"][c][m] for f in found]) for c in columns} for m in shown},
                 "order_sensitivity": _spread([f["order_sensitivity"]["mean"] for f in found]),
@@ -54,6 +53,9 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 "step": _spread([f["step"] for f in found]),
                 "seconds": _spread([f["seconds"] for f in found]),
             }
+            if case.choices:
+                first, *others = map(asdict, case.choices)
+                row["chosen"] = {k: runs[0]["trial"][k] for k in first if any(o[k] != first[k] for o in others)}
             if runs[0]["adaptive_swaps"]:
                 swaps = [run["adaptive_swaps"] / run["history"][-1]["step"] / case.trial.batch for run in runs]
                 row["swaps_a_step"] = _spread(swaps)
@@ -70,7 +72,8 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["published"] = published
                 if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
                     row["gap"] = row["metrics"][own]["test"]["mean"] - published
-            if experiment.picture == "history":
+            if experiment.picture in ("history", "epochs") and budget == "steps":
+                row["epoch"] = runs[0]["epoch"]
                 row["history"] = [run["history"] for run in runs]
             rows.append(row)
     runs = [run for runs in results for run in runs]
@@ -124,6 +127,8 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             cells[f"to {target}: epochs, s"] = _times(times)
         if any("swaps_a_step" in r for r in found["rows"]):
             cells["swaps a step"] = f"{row['swaps_a_step']['mean']:.1f}" if "swaps_a_step" in row else "fixed"
+        if any("chosen" in r for r in found["rows"]):
+            cells["chosen"] = ", ".join(f"{k} {v:g}" for k, v in row.get("chosen", {}).items()) or "-"
         cells |= {
             "order sensitivity": f"{row['order_sensitivity']['mean']:.2g}",
             "largest": f"{row['largest_change']:.2g}",
@@ -135,7 +140,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return list(made.items())
 
 
-def _number(value: dict[str, float | None]) -> str:
+def _number(value: dict[str, Any]) -> str:
     mean, sd = value["mean"], value["sd"]
     digits = 3 if mean < 10 else 1 if mean < 100 else 0
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
@@ -252,8 +257,8 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
             axes.set_title(f"{panel}: {_drawn(rows[0])[0]}", loc="left", fontsize=10)
             _heat_map(axes, [row for row in rows if row["method"] == panel], LogNorm(min(errors), max(errors)))
             continue
-        if kind == "history":
-            _history(axes, [row for row in rows if row["setting"] == panel], styles)
+        if kind in ("history", "epochs"):
+            _history(axes, [row for row in rows if row["setting"] == panel], styles, kind)
         else:
             here = [row for row in rows if row["setting"] == panel]
             if len(_drawn(here[0])[1]) <= 2:  # no curve
@@ -303,14 +308,14 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         most = 1.0 if metric == "accuracy" else math.inf
         if len(rows) > _BANDS or None in sd:
             continue
-        band = [[min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1)]
-        axes.fill_between(lengths, *band, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
+        lower, upper = ([min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
+        axes.fill_between(lengths, lower, upper, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("length of the test sequences")
     axes.set_ylabel(metric)
     if metric == "accuracy":
         axes.set_ylim(bottom=0)
     else:
-        _logarithmic(axes, axes.yaxis)
+        _logarithmic(axes, "y")
 
 
 def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
@@ -327,24 +332,31 @@ def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, An
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
     axes.set_xlabel(metric if len(values) == 1 else f"{metric} at {column}")
     if metric != "accuracy":
-        _logarithmic(axes, axes.xaxis)
+        _logarithmic(axes, "x")
 
 
-def _logarithmic(axes: Axes, axis: Axis) -> None:
+def _logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
     """For errors; with numbers as a person writes them."""
-    axes.set(**{f"{axis.axis_name}scale": "log"})
+    axes.set(**{f"{name}scale": "log"})
+    axis = axes.xaxis if name == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], kind: str) -> None:
     for row in rows:
+        key, factor = ("step", row["config"]["batch"] / row["epoch"]) if kind == "epochs" else ("seconds", 1)
         for n, lines in enumerate(row["history"]):
             style = styles[row["method"]] | {"marker": None, "alpha": 0.8}
             label = None if n else row["method"]
-            axes.plot([p["seconds"] for p in lines], [p["validation"] for p in lines], label=label, **style)
-    axes.set(xlabel="seconds of training on a core", ylabel="validation accuracy", ylim=(0, 1.02))
+            axes.plot([factor * p[key] for p in lines], [p["validation"] for p in lines], label=label, **style)
+    metric = next(iter(rows[0]["metrics"]))
+    axes.set(xlabel="epochs" if kind == "epochs" else "seconds of training on a core", ylabel=f"validation {metric}")
+    if metric == "accuracy":
+        axes.set_ylim(0, 1.02)
+    else:
+        _logarithmic(axes, "y")
 
 
 def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:

@@ -7,24 +7,31 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
 from sire_fast.lab.paper import data, experiments, report
-from sire_fast.lab.paper.experiments import EXPERIMENTS, Case
-from sire_fast.lab.paper.trials import Trial, run_all
+from sire_fast.lab.paper.experiments import EXPERIMENTS, Case, choosing
+from sire_fast.lab.paper.trials import Trial, best, run_all
 from sire_fast.lab.train import write
 
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")
-_SEEDS = {"quick": 1, "full": 5}
 
 Tables = list[tuple[str, list[list[str]]]]
 
 
-def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path) -> list[tuple[Case, Path, Trial]]:
-    """The trials of an experiment: row, file and settings; none for "cost".
+class Row(NamedTuple):
+    """A case, with the files of its choices and of its results, one a seed."""
+
+    case: Case
+    choices: list[Path]
+    results: list[Path]
+
+
+def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path) -> list[Row]:
+    """The rows of an experiment; none for "cost".
 
     Raises:
         ValueError: an argument has no such value, or the data cannot be read.
@@ -32,30 +39,30 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
     for argument, value, known in (("name", name, NAMES), ("preset", preset, PRESETS)):
         if value not in known:
             raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
-    seeds = _SEEDS[preset] if seeds is None else seeds
-    if seeds < 1:
+    if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     cases = [] if name == "cost" else list(EXPERIMENTS[name].cases())
-    uses = {"lp-mnist": data.images, "points": data.points}
+    uses = {"lp-mnist": data.images, "lp-mnist-pixels": data.images, "points": data.points}
     reads = {case.trial.problem for case in cases} & set(uses)
     if path is not None and not reads:
         raise ValueError(f"data: expected none for {name}, whose data are generated, got {path}")
     for problem in reads:
         uses[problem](path)  # errors before the first trial
-    chosen = experiments.quick(cases) if preset == "quick" else cases
-    planned = []
-    for case in chosen:
-        for seed in range(seeds):
-            trial = replace(case.trial, seed=seed, data=None if path is None else str(path))
-            words = re.sub(r"[^a-z0-9.]+", "-", f"{case.setting} {case.method}".lower()).strip("-")
-            planned.append((case, out / name / f"{words}-{seed}.json", trial))
-    return planned
+    rows = []
+    count = seeds or (1 if preset == "quick" or not cases else EXPERIMENTS[name].seeds)
+    for case in experiments.quick(cases) if preset == "quick" else cases:
+        trial, *choices = (replace(t, data=None if path is None else str(path)) for t in (case.trial, *case.choices))
+        words = re.sub(r"[^a-z0-9.]+", "-", f"{case.setting} {case.method}".lower()).strip("-")
+        files = [out / name / f"{words}-choice-{n}.json" for n in range(len(choices))]
+        results = [out / name / f"{words}-{seed}.json" for seed in range(min(count, case.seeds or count))]
+        rows.append(Row(case._replace(trial=trial, choices=tuple(choices)), files, results))
+    return rows
 
 
 def reproduce(
     name: str,
     preset: str,
-    planned: list[tuple[Case, Path, Trial]],
+    rows: list[Row],
     out: Path,
     workers: int,
     finished: Callable[[], None],
@@ -71,12 +78,18 @@ def reproduce(
         machine = found["settings"][0]["machine"]
         commits = [machine["commit"]]
     else:
-        run_all([(path, trial) for _, path, trial in planned], workers, finished)
-        rows: dict[Case, list[dict]] = {}
-        for case, path, _ in planned:
-            rows.setdefault(case, []).append(json.loads(path.read_text()))
+        choices = [(p, choosing(t)) for row in rows for p, t in zip(row.choices, row.case.choices, strict=True)]
+        run_all(choices, workers, finished)
+        chosen = [_chosen(row) for row in rows]
+        trials = [
+            (path, replace(trial, seed=seed))
+            for row, trial in zip(rows, chosen, strict=True)
+            for seed, path in enumerate(row.results)
+        ]
+        run_all(sorted(trials, key=lambda each: each[1].seed), workers, finished)  # all rows of a seed, then the next
         experiment = EXPERIMENTS[name]
-        found = report.summary(name, experiment, list(rows), list(rows.values()))
+        results = [[json.loads(path.read_text()) for path in row.results] for row in rows]
+        found = report.summary(name, experiment, [row.case for row in rows], results)
         made, figure = report.tables(found), report.picture(found, experiment.picture)
         machine, commits = found["machine"], found["commits"]
         notes = [f"Data: {report.origin(found)}."]
@@ -85,6 +98,14 @@ def reproduce(
     notes.append(f"{machine['device']}, commit {', '.join(map(str, commits))}, torch {machine['versions']['torch']}.")
     _write(out, name, {"preset": preset, **found}, report.markdown(name, notes, made), figure)
     return found, made
+
+
+def _chosen(row: Row) -> Trial:
+    """The settings of a row's results."""
+    if not row.choices:
+        return row.case.trial
+    scores = [best(json.loads(path.read_text())) for path in row.choices]
+    return row.case.choices[scores.index(max(scores))]
 
 
 def _write(out: Path, name: str, found: dict[str, Any], page: str, figure: Figure) -> None:

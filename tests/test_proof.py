@@ -1,0 +1,298 @@
+"""Proof by use: a kernel of a GPU is taken where it has been right before, on that card; and what `check` finds."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.rnn import pack_sequence
+
+import sire_fast
+from sire_fast import backends, proof, swaps
+from sire_fast.backends import cpu
+from sire_fast.lab.cli import run
+
+CALL: dict[str, Any] = {"cell": "gru", "dtype": torch.float32, "device": torch.device("cpu"), "hidden_size": 6}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(proof, "_known", {})
+    return tmp_path / "cache" / "sire_fast"
+
+
+class StandIn(SimpleNamespace):
+    """A backend of a GPU that computes as the CPU's does, and counts its calls."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(**{name: getattr(cpu, name) for name in ("why_not", "computed_in", "span_rows", "kept")})
+        file.write_text("")
+        self.files, self.calls, self.accident = lambda: [file], 0, lambda outputs: None
+        self.accident_behind: Callable[[Any], None] = lambda gradients: None
+
+    def forward(self, *arguments: Any) -> None:
+        self.calls += 1
+        cpu.forward(*arguments)
+        self.accident(arguments[-1])
+
+    def backward(self, *arguments: Any) -> None:
+        cpu.backward(*arguments)
+        self.accident_behind(arguments[-1])
+
+
+@pytest.fixture
+def kernel(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    stand_in = StandIn(tmp_path / "kernel.so")
+    for name in [*backends.KERNELS]:
+        monkeypatch.delitem(backends.KERNELS, name)
+    monkeypatch.setitem(backends.KERNELS, "triton", stand_in)
+    return stand_in
+
+
+def layer() -> sire_fast.GRU:
+    torch.manual_seed(0)
+    return sire_fast.GRU(3, 6, swaps=swaps.Uniform(2))
+
+
+def penalty_of(model: nn.Module) -> Tensor:
+    model(torch.randn(5, 4, 3))
+    return sire_fast.penalty(model)
+
+
+def test_a_kernel_that_is_right_is_taken_and_remembered(kernel, cache, monkeypatch):
+    assert backends.choose("auto", **CALL) == "triton"
+    assert kernel.calls == 1
+    assert layer().backend == "triton"
+    assert backends.why_no_kernel(**CALL) == []
+    assert kernel.calls == 1
+    (file,) = cache.iterdir()
+    assert json.loads(file.read_text())[:3] == ["triton", "gru", "float32"]
+    monkeypatch.setattr(proof, "_known", {})  # another process
+    assert backends.choose("auto", **CALL) == "triton"
+    assert kernel.calls == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"cell": "lstm"}, {"dtype": torch.float64}, {"hidden_size": 7}, {"build": 1}, {"version": 1}], ids=str
+)
+def test_another_call_build_or_version_is_asked_again(kernel, other, monkeypatch):
+    backends.choose("auto", **CALL)
+    monkeypatch.setattr(proof, "_known", {})
+    if "build" in other:
+        kernel.files()[0].write_text("another")
+    elif "version" in other:
+        found = proof.environment("cpu")
+        monkeypatch.setattr(proof, "environment", lambda _: found | {"torch": "another"})
+    else:
+        CALL_OF_OTHER = CALL | other
+        assert backends.choose("auto", **CALL_OF_OTHER) == "triton"
+        assert kernel.calls == 2
+        return
+    backends.choose("auto", **CALL)
+    assert kernel.calls == 2
+
+
+def spoil(n: int, by: Callable[[Tensor], object]) -> Callable[[Any], None]:
+    """Changes tensor n of those that a kernel fills, where it is wanted."""
+
+    def accident(tensors: Any) -> None:
+        if tensors[n] is not None:
+            by(tensors[n])
+
+    return accident
+
+
+def fail(_: Any) -> None:
+    raise RuntimeError("no kernel image\nis available")
+
+
+OUTPUTS = {"output": 0, "h_n": 1, "variants": 3, "penalty": 4}
+ACCIDENTS = {
+    **{f"{name} is scaled": ("accident", spoil(n, lambda t: t.mul_(1.001))) for name, n in OUTPUTS.items()},
+    **{f"gradient {n} is scaled": ("accident_behind", spoil(n, lambda t: t.mul_(1.001))) for n in (0, 3, 4, 5)},
+    "a row is not written": ("accident", spoil(0, lambda t: t[2].fill_(float("nan")))),
+    "a gradient is not written": ("accident_behind", spoil(3, lambda t: t[1].fill_(float("nan")))),
+    "it raises": ("accident", fail),
+    "its gradient raises": ("accident_behind", fail),
+}
+
+
+@pytest.mark.parametrize("accident", ACCIDENTS)
+def test_one_that_is_wrong_is_told_once_and_replaced(kernel, cache, accident):
+    name, spoiled = ACCIDENTS[accident]
+    setattr(kernel, name, spoiled)
+    model = layer()
+    with pytest.warns(RuntimeWarning, match=r"triton: gru of H=6 in float32 on cpu is wrong here: .*sire-fast check"):
+        found = penalty_of(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", **CALL) == "reference"
+        torch.manual_seed(0)
+        assert "is wrong here" in backends.why_no_kernel(**CALL)[0]
+        assert model.backend == "torch"
+    assert found.isfinite()
+    assert not cache.exists()  # it is tried again after whatever has been mended
+    assert backends.choose("triton", **CALL) == "triton"  # who names it gets it
+
+
+def test_the_next_one_is_taken_where_the_first_is_wrong(kernel, tmp_path, monkeypatch):
+    kernel.accident = fail
+    monkeypatch.setitem(backends.KERNELS, "cuda", StandIn(tmp_path / "other.so"))
+    with pytest.warns(RuntimeWarning, match="no kernel image"):
+        assert backends.choose("auto", **CALL) == "cuda"
+
+
+def test_the_fastest_is_asked_first(kernel, tmp_path, monkeypatch):
+    monkeypatch.setitem(backends.KERNELS, "cuda", StandIn(tmp_path / "other.so"))
+    monkeypatch.setattr(backends.gpu, "fastest", lambda **_: "cuda")
+    assert backends.choose("auto", **CALL) == "cuda"
+    assert kernel.calls == 0
+
+
+def test_where_nothing_can_be_remembered_it_is_tried_in_every_process(kernel, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for calls in (1, 2):
+        monkeypatch.setattr(proof, "_known", {})
+        assert backends.choose("auto", **CALL) == "triton"
+        assert kernel.calls == calls
+
+
+@pytest.mark.parametrize("around", ["inference_mode", "no_grad", "autocast", "fake"])
+def test_no_mode_of_the_caller_reaches_it(kernel, around):
+    modes = {"autocast": lambda: torch.autocast("cpu"), "fake": FakeTensorMode}
+    with (modes.get(around) or getattr(torch, around))():
+        assert backends.choose("auto", **CALL) == "triton"
+    assert kernel.calls == 1
+
+
+def test_random_numbers_stay_as_they_are(kernel):
+    before = torch.get_rng_state()
+    backends.choose("auto", **CALL)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_is_tried_while_a_function_is_traced(kernel):
+    model = layer()
+    x = torch.randn(5, 4, 3)
+    torch.manual_seed(1)
+    compiled = torch.compile(lambda x: model(x)[0], backend="eager", fullgraph=True)
+    output = compiled(x)
+    assert kernel.calls == 2  # once in the trial, once for x
+    with backends.use("reference"):
+        torch.testing.assert_close(output, model(x)[0])
+
+
+def test_a_kernel_of_the_cpu_needs_no_proof(cache):
+    assert backends.choose("auto", **CALL) == "cpu"
+    assert not cache.exists()
+
+
+# ---------------------------------------------------------------- check
+
+
+class Model(nn.Module):
+    """Layers that are called in ways of their own, and one that is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.GRU(3, 5, batch_first=True)
+        self.second = nn.LSTM(5, 4, num_layers=2, dropout=0.5)
+        self.third = nn.RNN(4, 9, nonlinearity="relu", bidirectional=True)
+        self.fourth = nn.LSTM(18, 6, proj_size=2)
+        self.unused = nn.GRU(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.first(x)
+        h, _ = self.second(h.transpose(0, 1), (torch.ones(2, 4, 4), torch.zeros(2, 4, 4)))
+        h, _ = self.third(h, lengths=torch.tensor([7, 1, 3, 2]))
+        packed, _ = self.fourth(pack_sequence([h[:, 0], h[:2, 1]]))
+        return packed.data
+
+
+@pytest.mark.parametrize("compare", ["end", "swap"])
+@pytest.mark.parametrize("sampler", [swaps.Uniform(3), swaps.Adjacent("all"), None], ids=str)
+def test_the_layers_of_a_model(sampler, compare):
+    torch.manual_seed(0)
+    model = sire_fast.convert(Model(), swaps=sampler, compare=compare)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    report = sire_fast.check(model, torch.randn(4, 7, 3, generator=torch.Generator().manual_seed(0)))
+    assert report.right, str(report)
+    assert [row.by for row in report.rows] == ["cpu", "cpu", "cpu", "torch's layer", ""]
+    assert {"output", "h_n", "d_x", "d_h_0", "d_weight_ih_l0"} <= report.rows[0].errors.keys()
+    assert ("penalty" in report.rows[0].errors) == (sampler is not None)
+    assert {"c_n", "d_weight_hh_l1"} <= report.rows[1].errors.keys()
+    assert "not served: unused: the model does not call it" in str(report)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_autocast_and_other_dtypes():
+    model, x = sire_fast.convert(nn.GRU(3, 20)), torch.randn(6, 4, 3)
+    with torch.autocast("cpu"):
+        report = sire_fast.check(model, x)
+    assert report.right
+    assert "gru bfloat16" in str(report)
+    assert max(error.found for error in report.rows[0].errors.values()) > 1e-3
+    report = sire_fast.check(model.double(), x.double())
+    assert report.right
+    assert max(error.found for error in report.rows[0].errors.values()) < 1e-13
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 4])
+def test_what_is_wrong_is_found(n, monkeypatch):
+    right = cpu.forward
+
+    def forward(*arguments: Any) -> None:
+        right(*arguments)
+        arguments[-1][n].mul_(1.001)
+
+    monkeypatch.setattr(cpu, "forward", forward)
+    report = sire_fast.check(sire_fast.convert(nn.GRU(3, 20)), torch.randn(6, 4, 3))
+    assert not report.right
+    assert "WRONG: the layer: gru float32 6x4x3 H=20, cpu: " in str(report)
+    row = proof.check_kernel("cpu", "gru", torch.float32, "cpu", [20])
+    assert len(row.wrong) >= 3
+    assert run(["check", "--H", "20", "--cell", "gru", "--dtype", "float32"]) == 1
+
+
+def test_what_raises_is_wrong(monkeypatch):
+    monkeypatch.setattr(cpu, "forward", lambda *_: 1 / 0)
+    report = sire_fast.check(sire_fast.convert(nn.GRU(3, 20)), torch.randn(6, 4, 3))
+    assert "WRONG: the layer: gru float32 6x4x3 H=20, cpu: ZeroDivisionError: division by zero" in str(report)
+    row = proof.check_kernel("cpu", "gru", torch.float32, "cpu", [20])
+    assert len(row.wrong) == 3
+
+
+def test_a_model_without_our_layers_is_refused():
+    with pytest.raises(ValueError, match=r"model: expected a sire_fast layer in it, found none; sire_fast\.convert"):
+        sire_fast.check(nn.GRU(3, 4), torch.randn(5, 4, 3))
+
+
+def test_the_command(capsys):
+    assert run(["check", "--H", "7", "--cell", "gru", "--cell", "rnn_relu"]) == 0
+    told = capsys.readouterr().out
+    assert f"torch {torch.__version__}" in told
+    assert "rnn_relu bfloat16" in told
+    assert "not served: triton: runs on a GPU, got a tensor on cpu" in told
+    for wrong, error in (
+        (["--cell", "gruu"], "cell: expected one of rnn_tanh, rnn_relu, gru, lstm, got 'gruu'"),
+        (["--H", "0"], "H: expected at least 1, got 0"),
+        (["--dtype", "int"], "dtype: expected one of"),
+        (["--device", "nowhere"], "device: 'nowhere' cannot be used"),
+    ):
+        assert run(["check", *wrong]) == 2
+        assert error in capsys.readouterr().err
