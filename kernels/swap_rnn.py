@@ -526,6 +526,8 @@ def backward_kernel(
     H = H // ALIGN * ALIGN
     wide: tl.constexpr = spans.dtype.element_ty
     STATES: tl.constexpr = len(tracks)
+    # beside what the product of recomputed gates holds it would spill
+    AS_ONE: tl.constexpr = RESIDENT and not RECOMPUTE
     blocks = 1 if RESIDENT else tl.cdiv(H, BH)
     if RESIDENT:
         first, unit = 0, tl.arange(0, BH)
@@ -568,10 +570,10 @@ def backward_kernel(
                 S,
                 0,
                 BH,
-                True,
+                AS_ONE,
                 ALIGN,
             )
-            after = _apart(after, 1 if d_tracks[0] is None else 2, True)[0]
+            after = _apart(after, 1 if d_tracks[0] is None else 2, AS_ONE)[0]
             soon_states, soon_kept = _soon(
                 t,
                 b,
@@ -592,7 +594,7 @@ def backward_kernel(
                 S,
                 KEPT,
                 BH,
-                True,
+                AS_ONE,
                 ALIGN,
             )
             soon_c = _second(d_tracks, t, b, original & live & (t <= stop), unit, B, H)
@@ -600,7 +602,7 @@ def backward_kernel(
             for block in range(blocks):
                 first = block * BH
                 unit = first + tl.arange(0, BH)
-                _store(_row(carry, slot, H), d, live, unit, H, RESIDENT)
+                _store(_row(carry, slot, H), d, live, unit, H, AS_ONE)
             tl.debug_barrier()
         variants_of = b * K
         n_ended = tl.zeros((R,), tl.int32)
@@ -621,16 +623,16 @@ def backward_kernel(
                     states, kept, d_c = soon_states, soon_kept, soon_c
                     soon_states, soon_kept = _soon(
                         t - 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
-                        KEPT, BH, True, ALIGN,
+                        KEPT, BH, AS_ONE, ALIGN,
                     )  # fmt: skip
                     soon_c = _second(d_tracks, t - 1, b, original & live & (t > 0) & (t <= stop + 1), unit, B, H)
                 else:
                     first = block * BH
                     unit = first + tl.arange(0, BH)
-                    d = _load(_row(carry, slot, H), live, first, H, STATES, BH, RESIDENT)
+                    d = _load(_row(carry, slot, H), live, first, H, STATES, BH, AS_ONE)
                     states, kept = _soon(
                         t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
-                        KEPT, BH, False, ALIGN,
+                        KEPT, BH, AS_ONE, ALIGN,
                     )  # fmt: skip
                     after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S, False, ALIGN)
                     after = after[STATES - 1]
@@ -641,10 +643,10 @@ def backward_kernel(
                 # what comes from outside, and from the comparisons that end here
                 dafter = d
                 if d_tracks[0] is not None:
-                    s, d_h = _apart(states, 2, RESIDENT)
+                    s, d_h = _apart(states, 2, AS_ONE)
                     dafter = _replace_first(dafter, dafter[0] + d_h)
                 else:
-                    s = _apart(states, 1, RESIDENT)[0]
+                    s = _apart(states, 1, AS_ONE)[0]
                 for n in tl.static_range(1, STATES):
                     if d_tracks[n] is not None:
                         dafter = (dafter[0], dafter[n] + d_c)
@@ -686,12 +688,11 @@ def backward_kernel(
                 if RECOMPUTE:
                     h = _before(0, t, b, v, i, start, tracks, spans, B, H, S, False, ALIGN)
                     u = _streamed(h, running, unit, w_hh, H, G, wide, PRECISION, BK)
-                    # one by one: beside what the second product holds, all at once would spill
-                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH, False)
+                    x = _load(_row(x_proj, _source(t, b, i, j, B), G * H), running, first, H, G, BH, AS_ONE)
                     recomputed = STEP(_cast(x, wide), _add_bias(u, b_hh, unit, H), s)
                     kept = recomputed[1]
                 elif KEPT:
-                    kept = _apart(kept, KEPT, RESIDENT)
+                    kept = _apart(kept, KEPT, AS_ONE)
                 dx_now, du_now, ds = GRADIENT(dafter, s, after, _cast(kept, wide))
 
                 of_variant = moving & running
@@ -700,20 +701,20 @@ def backward_kernel(
                 last = tl.where(running[:, None], dx_now[G - 1], 0).to(dx.dtype.element_ty)
                 _store_gradients(
                     _row(dx, at, G * H), _row(du, at, G * H), _row(d_spans, in_span, D * H), last, stored, original,
-                    of_variant, unit, H, G, D, RESIDENT, ALIGN,
+                    of_variant, unit, H, G, D, AS_ONE, ALIGN,
                 )  # fmt: skip
 
                 starts_here = running & (begins == t)
                 starts = of_variant & (t == i)
                 if _any(starts | starts_here):
-                    _store(_row(d_first, v, H), (ds,), starts, unit, H, RESIDENT)
+                    _store(_row(d_first, v, H), (ds,), starts, unit, H, AS_ONE)
                     tl.debug_barrier()
                 while _any(starts_here):
                     other = variants_of + tl.load(start_order + variants_of + n_started, starts_here, 0).to(tl.int32)
-                    owed = _load(_row(d_spans, other * S, D * H), starts_here, first, H, G, BH, RESIDENT)
+                    owed = _load(_row(d_spans, other * S, D * H), starts_here, first, H, G, BH, AS_ONE)
                     du_now = _add(du_now, _cast(owed, wide))
-                    ds += _load(_row(d_first, other, H), starts_here, first, H, 1, BH, RESIDENT)[0]
-                    _store(_row(du, at, G * H), _cast(du_now, du.dtype.element_ty), starts_here, unit, H, RESIDENT)
+                    ds += _load(_row(d_first, other, H), starts_here, first, H, 1, BH, AS_ONE)[0]
+                    _store(_row(du, at, G * H), _cast(du_now, du.dtype.element_ty), starts_here, unit, H, AS_ONE)
                     n_started += starts_here.to(tl.int32)
                     begins = _event(start_times, variants_of, n_started, original, K)
                     starts_here = running & (begins == t)
@@ -726,7 +727,7 @@ def backward_kernel(
                     d = (d_h,) if STATES == 1 else (d_h, ds)
                     after = s
                 else:
-                    _store(_row(carry, slot + STATES - 1, H), (ds,), live, unit, H, RESIDENT)
+                    _store(_row(carry, slot + STATES - 1, H), (ds,), live, unit, H, AS_ONE)
 
             if not RESIDENT:
                 tl.debug_barrier()
@@ -743,15 +744,15 @@ def backward_kernel(
                             du_g = tl.load(address[:, None] + g * H + column, mask, 0.0)
                             d_h = _through(du_g, w[g], d_h, PRECISION)
                     if STATES == 1:
-                        d_h += _load(_row(carry, slot, H), live, first, H, 1, BH, RESIDENT)[0]
-                    _store(_row(carry, slot, H), (d_h,), live, unit, H, RESIDENT)
+                        d_h += _load(_row(carry, slot, H), live, first, H, 1, BH, AS_ONE)[0]
+                    _store(_row(carry, slot, H), (d_h,), live, unit, H, AS_ONE)
                 tl.debug_barrier()
 
         for block in range(blocks):
             if not RESIDENT:
                 first = block * BH
                 unit = first + tl.arange(0, BH)
-                d = _load(_row(carry, slot, H), live, first, H, STATES, BH, RESIDENT)
+                d = _load(_row(carry, slot, H), live, first, H, STATES, BH, AS_ONE)
             for n in tl.static_range(STATES):
                 inside = original[:, None] & (unit < H)[None, :]
                 tl.store(d_start[n] + b[:, None] * H + unit, d[n], inside)
