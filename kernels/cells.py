@@ -4,10 +4,11 @@ Equation numbers are those of sire_fast/cells.py, names those of csrc/cells.h:
 
   x      input halves W_ih x + b_ih of the gates, in torch.nn's order
   u      recurrent halves W_hh h + b_hh, in the same order
-  s      states before the step: h, or h and c
-  after  states after it
+  s      the state before the step that the equations read: h, or c
+  after  states after it; to a gradient, the one that s is before
   kept   what the gradient needs beside the states
-  d*     gradient of the loss with respect to *; ds leaves out the path through u, which is a product with W_hh
+  d*     gradient of the loss with respect to *; dafter of all states; ds leaves out the path through u, which is a
+         product with W_hh
 
 Nothing here loads or stores. All are tuples of blocks, (rows, units).
 """
@@ -39,8 +40,8 @@ def rnn_tanh(x, u, s):
 
 @triton.jit
 def rnn_tanh_backward(dafter, s, after, kept):
-    da = dafter[0] * (1 - after[0] * after[0])
-    return (da,), (da,), (tl.zeros_like(da),)
+    da = dafter[0] * (1 - after * after)
+    return (da,), (da,), tl.zeros_like(da)
 
 
 @triton.jit
@@ -51,8 +52,8 @@ def rnn_relu(x, u, s):
 
 @triton.jit
 def rnn_relu_backward(dafter, s, after, kept):
-    da = tl.where(after[0] > 0, dafter[0], 0)
-    return (da,), (da,), (tl.zeros_like(da),)
+    da = tl.where(after > 0, dafter[0], 0)
+    return (da,), (da,), tl.zeros_like(da)
 
 
 @triton.jit
@@ -60,16 +61,16 @@ def gru(x, u, s):
     r = tl.sigmoid(x[0] + u[0])  # (3)
     z = tl.sigmoid(x[1] + u[1])  # (4)
     n = tanh(x[2] + r * u[2])  # (5)
-    return (n + z * (s[0] - n),), (r, z, n, u[2])  # (6)
+    return (n + z * (s - n),), (r, z, n, u[2])  # (6)
 
 
 @triton.jit
 def gru_backward(dafter, s, after, kept):
     r, z, n, u_n = kept
     dx_n = dafter[0] * (1 - z) * (1 - n * n)
-    dz = dafter[0] * (s[0] - n) * z * (1 - z)
+    dz = dafter[0] * (s - n) * z * (1 - z)
     dr = dx_n * u_n * r * (1 - r)
-    return (dr, dz, dx_n), (dr, dz, dx_n * r), (dafter[0] * z,)
+    return (dr, dz, dx_n), (dr, dz, dx_n * r), dafter[0] * z
 
 
 @triton.jit
@@ -78,17 +79,17 @@ def lstm(x, u, s):
     f = tl.sigmoid(x[1] + u[1])
     o = tl.sigmoid(x[3] + u[3])  # (7)
     g = tanh(x[2] + u[2])  # (8)
-    c = f * s[1] + i * g  # (9)
+    c = f * s + i * g  # (9)
     return (o * tanh(c), c), (i, f, g, o)  # (10)
 
 
 @triton.jit
 def lstm_backward(dafter, s, after, kept):
     i, f, g, o = kept
-    tanh_c = tanh(after[1])
+    tanh_c = tanh(after)
     dc = dafter[1] + dafter[0] * o * (1 - tanh_c * tanh_c)
-    da = (dc * g * i * (1 - i), dc * s[1] * f * (1 - f), dc * i * (1 - g * g), dafter[0] * tanh_c * o * (1 - o))
-    return da, da, (tl.zeros_like(dc), dc * f)
+    da = (dc * g * i * (1 - i), dc * s * f * (1 - f), dc * i * (1 - g * g), dafter[0] * tanh_c * o * (1 - o))
+    return da, da, dc * f
 
 
 class Cell(NamedTuple):

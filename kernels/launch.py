@@ -146,13 +146,14 @@ def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Se
         rows = call.B * call.K * call.S if keeps_spans else 0
         spans = x.new_empty(rows, EQUATIONS[cell].states * call.H, dtype=call.wide)
     T, B, K, H, S, N, V = _sizes(call, call.S if train else call.T, how, tiles)
+    start = _aligned(call.start(h0, c0))
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(B, N),)](
-            x_proj, w_hh, b_hh, call.start(h0, c0), swaps, ends, lengths,
+            x_proj, w_hh, b_hh, start, swaps, ends, lengths,
             call.states(output, cells), call.states(h_n, c_n), call.states(variants, variant_cells), penalty,
             gates, spans,
             T, B, K, H, S, N, V,
-            KEPT=CELLS[cell].kept if gates.numel() else 0, SPANS=keeps_spans,
+            KEPT=CELLS[cell].kept if gates.numel() else 0, SPANS=keeps_spans, RING=not train,
             **constants(cell, H, how, arithmetic(x.dtype)),
         )  # fmt: skip
 
@@ -169,20 +170,23 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
     G, D = EQUATIONS[cell].gates, CELLS[cell].gradients
     programs = triton.cdiv(B, N)
     x_proj = gpu.projected(x, w_ih, b_ih) if recompute else x
-    start, tracks = call.start(h0, c0), call.states(output, cells)
+    start, tracks = _aligned(call.start(h0, c0)), _aligned(call.states(output, cells))
 
     def empty(rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return x.new_empty(rows, width, dtype=dtype)
 
-    dx_proj, du = empty(T * B, G * H, x.dtype), empty(T * B, G * H, x.dtype)
+    projected = w_ih is not None
+    dx_proj = empty(T * B, G * H, x.dtype) if projected or dx is None else dx.view(T * B, G * H)
+    du = empty(T * B, G * H, x.dtype)
     d_spans = empty(B * K * S, D * H, x.dtype)
-    d_first = empty(B * K, len(start) * H, call.wide)
+    d_first = empty(B * K, H, call.wide)
     carry = empty(0 if how.resident else programs * how.rows, len(start) * H, call.wide)
     d_start = tuple(torch.empty_like(s) for s in start)
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
-            call.states(d_output, d_cells), call.states(d_h_n, d_c_n), call.states(d_variants, d_variant_cells),
-            d_penalty, x_proj, w_hh, b_hh, start, swaps, ends, lengths, tracks, gates, spans,
+            _aligned(call.states(d_output, d_cells)), call.states(d_h_n, d_c_n),
+            call.states(d_variants, d_variant_cells), d_penalty, x_proj, w_hh, b_hh, start, swaps, ends, lengths,
+            tracks, gates, spans,
             *gpu.events(swaps, ends), dx_proj, du, d_spans, d_first, carry, d_start,
             T, B, K, H, S, N, V,
             GRADIENT=CELLS[cell].backward, KEPT=0 if recompute else CELLS[cell].kept, D=D, RECOMPUTE=recompute,
@@ -203,7 +207,13 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
             gather_kernel[grid](d_spans, swaps, ends, dx_proj, B, K, H, S, **compiled_for)
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         gpu.fill(gradient, lambda found=found: found)
-    gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
+    if projected:
+        gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
+
+
+def _aligned(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Tensors that begin where the kernels take those to begin whose rows they choose from."""
+    return tuple(t if t is None or t.data_ptr() % 16 == 0 else t.clone() for t in tensors)
 
 
 def _how(call: Call, x: Tensor) -> tuple[Launch, int]:
@@ -213,5 +223,12 @@ def _how(call: Call, x: Tensor) -> tuple[Launch, int]:
 
 
 def _sizes(call: Call, longest: int, how: Launch, programs: int) -> tuple[int, ...]:
-    """T to V, with programs for spans of up to so many steps."""
+    """T to V, with programs for spans of up to so many steps.
+
+    Raises:
+        ValueError: the kernels, which count rows in 32 bits, cannot count those of the call.
+    """
+    rows = call.B * (call.T + 2 * call.K * call.S)
+    if rows >= 1 << 31:
+        raise ValueError(f"swaps: expected T*B + 2*B*K*S, S the longest span, below 2**31, got {rows}")
     return call.T, call.B, call.K, call.H, call.S, *gpu.plan(call.T, call.B, call.K, longest, how.rows, programs)

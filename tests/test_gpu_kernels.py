@@ -22,7 +22,7 @@ from sire_fast import backends, functional, swaps
 from sire_fast.backends import gpu
 from sire_fast.backends.gpu import Plan, plan
 from sire_fast.cells import CELLS
-from sire_fast.kernels import launch
+from sire_fast.kernels import launch, swap_rnn
 from sire_fast.kernels.cells import tanh
 from sire_fast.kernels.launch import Launch
 
@@ -67,6 +67,29 @@ def test_any_plan_gives_the_same(chosen: Plan, streams: bool, monkeypatch: pytes
         monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 16, 16, 4, 1))
     for cell in ("gru", "lstm"):
         assert_right(Case(cell, 6, 5, 18, 7 if chosen.sequences == 3 else 4, ragged=True))
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_is_moved_as_one_in_either_order(last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which one is the faster depends on the version of Triton."""
+    monkeypatch.setattr(swap_rnn, "_LAST", tl.constexpr(last))
+    for cell in ("gru", "lstm", "rnn_relu"):
+        assert_right(Case(cell, 4, 2, 17, 2, ragged=True))
+
+
+def test_tensors_that_begin_anywhere() -> None:
+    """A choice of two addresses is told to the compiler to be aligned."""
+    whole = torch.zeros(9)
+    assert launch._aligned((whole, None))[:2] == (whole, None)
+    moved = launch._aligned((whole[1:],))[0]
+    assert moved.data_ptr() % 16 == 0
+    assert torch.equal(moved, whole[1:])
+
+
+def test_more_rows_than_32_bits_count() -> None:
+    call = gpu.Call("gru", 1 << 20, 64, 16, 8, 1 << 20, torch.float32)
+    with pytest.raises(ValueError, match=r"swaps: expected T\*B \+ 2\*B\*K\*S"):
+        launch._sizes(call, 1 << 20, Launch(16, True, 16, 16, 4, 1), 1)
 
 
 @pytest.mark.parametrize("streams", [False, True])
@@ -218,6 +241,19 @@ def test_kernels_compile_where_no_row_is_aligned() -> None:
     assert "10 of 10 kernels fit" in done.stdout
     aligned = done.stdout.split("H<=201")[0]
     assert aligned.count(" 0 bytes spilled") == 5
+
+
+@pytest.mark.proof
+@pytest.mark.parametrize("version", ["3.5.1", "3.6.0"])
+def test_kernels_compile_with_the_triton_of_older_torch(version: str) -> None:
+    """Of torch 2.9 and 2.11: one that streams, as long as it kept to no alignment 3.6 did not compile it, one whose
+    weights stay on chip, and the largest cell. Each version comes from the package index once."""
+    for cell, *sizes in (("gru", "tf32x3:100", "bfloat16:128"), ("lstm", "bfloat16:200")):
+        options = ("--capability", "90", "--processes", "1", "--cell", cell, "--only", *sizes)
+        done = command("-m", "bench.aot", "--triton", version, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        kernels = 5 * len(sizes)
+        assert f"{kernels} of {kernels} kernels fit" in done.stdout
 
 
 def test_no_tuning_without_a_gpu() -> None:

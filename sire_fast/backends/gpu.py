@@ -182,8 +182,8 @@ def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """In which order an original meets its variants on its way back: when they end, the latest first, and whose ends
     these are; and so for those that start, -1 for the others. All (B, K)."""
     i, j = swaps.unbind(-1)
-    end_times, end_order = ends.sort(dim=1, descending=True, stable=True)
-    start_times, start_order = torch.where(i < j, i, -1).sort(dim=1, descending=True, stable=True)
+    both = torch.stack((ends, torch.where(i < j, i, -1)))
+    (end_times, start_times), (end_order, start_order) = both.sort(dim=-1, descending=True, stable=True)
     return end_times, end_order, start_times, start_order
 
 
