@@ -153,6 +153,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.proof
 def test_no_address_lies_outside_whatever_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU nobody checks them: too large, negative, in the wrong order, and spans longer than what is kept."""
     known: list[tuple[int, int]] = []
@@ -225,6 +226,7 @@ def test_what_stands_behind_a_sequence_stays_out_of_the_gradients(value: float) 
     oracle.assert_padding_does_not_matter("gru", value, torch.float64, "triton")
 
 
+@pytest.mark.proof
 def test_kernels_compile_and_fit_without_a_gpu() -> None:
     """The largest of those that keep the weights on chip, and one whose weights stream; bench.aot compiles them all."""
     done = command("-m", "bench.aot", "--backend", "triton", "--cell", "gru", "--only", "bfloat16:128", "tf32x3:512")
@@ -233,6 +235,7 @@ def test_kernels_compile_and_fit_without_a_gpu() -> None:
     assert "m16n8k16" in done.stdout
 
 
+@pytest.mark.proof
 def test_kernels_compile_where_no_row_is_aligned() -> None:
     """H of 100 without spills, and odd, where Triton 3.6 has died of masks: bench.aot --triton tries those versions."""
     sizes = ("bfloat16:100", "tf32x3:201")
