@@ -1,4 +1,4 @@
-# make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png: three minutes on two cores
+# make demo   sets up .venv, trains a model with and without SIRE, draws runs/demo/demo.png: two minutes on two cores
 # make test   sets up .venv, runs the tests but the long ones: eight minutes
 # make proof  the long ones, on which nothing else depends
 # make test-torch  what depends on torch the most, with the oldest that is supported; TORCH=2.12.0 with another

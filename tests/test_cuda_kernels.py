@@ -234,6 +234,7 @@ def test_a_driver_that_is_too_old(
     assert [told in reason for reason in reasons] == ([] if served else [True])
 
 
+@pytest.mark.proof
 def test_no_access_beyond_what_is_there(tmp_path: Path) -> None:
     """Every cell, alone and in a cluster, and positions outside their sequences, under AddressSanitizer: of all tensors
     and of shared memory."""

@@ -35,22 +35,22 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
 # serve. `python -m bench.model --table` prints it. Not measured, and good to 40 %
 PREDICTED_HIDDEN = (32, 64, 128, 256, 512, 1024)
 PREDICTED: dict[tuple[str, str, str], tuple[float, ...]] = {
-    ("rnn_tanh", "float32", "triton"): (1.9, 3.2, 8.5, 68.2, 249.3, 952.6),
-    ("rnn_tanh", "float32", "cuda"): (3.2, 3.1, 6.0, 21.1, 88.9, math.inf),
-    ("rnn_tanh", "bfloat16", "triton"): (1.3, 1.8, 3.0, 6.7, 82.0, 284.5),
-    ("rnn_tanh", "bfloat16", "cuda"): (2.8, 2.7, 3.3, 9.8, 28.8, 155.4),
-    ("rnn_relu", "float32", "triton"): (1.7, 3.0, 7.5, 67.3, 247.5, 949.0),
-    ("rnn_relu", "float32", "cuda"): (3.1, 2.9, 5.6, 20.2, 86.0, math.inf),
-    ("rnn_relu", "bfloat16", "triton"): (1.2, 1.6, 2.7, 5.8, 80.2, 280.9),
-    ("rnn_relu", "bfloat16", "cuda"): (2.7, 2.7, 3.3, 9.7, 28.3, 153.9),
-    ("gru", "float32", "triton"): (3.8, 7.4, 39.6, 137.3, 510.6, 1968.1),
-    ("gru", "float32", "cuda"): (5.7, 6.7, 12.1, 40.0, 157.8, math.inf),
-    ("gru", "bfloat16", "triton"): (2.3, 3.2, 6.2, 41.1, 127.4, 438.4),
-    ("gru", "bfloat16", "cuda"): (3.6, 3.6, 5.3, 15.2, 45.5, 236.8),
-    ("lstm", "float32", "triton"): (5.6, 10.7, 49.3, 173.8, 651.9, 2525.0),
-    ("lstm", "float32", "cuda"): (8.5, 9.1, 17.0, 48.1, 189.2, math.inf),
-    ("lstm", "bfloat16", "triton"): (3.4, 4.7, 9.6, 50.3, 158.0, 549.9),
-    ("lstm", "bfloat16", "cuda"): (4.5, 4.3, 6.7, 18.9, 45.9, 266.2),
+    ("rnn_tanh", "float32", "triton"): (1.9, 3.2, 8.5, 69.7, 256.3, 984.1),
+    ("rnn_tanh", "float32", "cuda"): (3.2, 3.1, 6.0, 20.6, 86.4, math.inf),
+    ("rnn_tanh", "bfloat16", "triton"): (1.3, 1.8, 3.0, 6.7, 79.9, 282.4),
+    ("rnn_tanh", "bfloat16", "cuda"): (2.8, 2.7, 3.3, 9.5, 28.7, 150.8),
+    ("rnn_relu", "float32", "triton"): (1.7, 3.0, 7.5, 68.8, 254.6, 980.5),
+    ("rnn_relu", "float32", "cuda"): (3.1, 2.9, 5.7, 19.7, 83.1, math.inf),
+    ("rnn_relu", "bfloat16", "triton"): (1.2, 1.6, 2.7, 5.8, 78.0, 278.7),
+    ("rnn_relu", "bfloat16", "cuda"): (2.7, 2.7, 3.3, 9.4, 28.3, 149.3),
+    ("gru", "float32", "triton"): (3.9, 7.1, 37.3, 132.7, 500.4, 1943.1),
+    ("gru", "float32", "cuda"): (5.7, 6.7, 12.3, 40.0, 153.5, math.inf),
+    ("gru", "bfloat16", "triton"): (2.3, 3.2, 6.2, 37.1, 119.7, 423.4),
+    ("gru", "bfloat16", "cuda"): (3.6, 3.6, 5.3, 15.2, 45.5, 232.3),
+    ("lstm", "float32", "triton"): (5.3, 9.3, 47.4, 168.8, 636.5, 2471.2),
+    ("lstm", "float32", "cuda"): (8.7, 9.2, 17.1, 52.8, 181.6, math.inf),
+    ("lstm", "bfloat16", "triton"): (3.4, 4.6, 9.5, 47.4, 152.4, 538.2),
+    ("lstm", "bfloat16", "cuda"): (4.5, 4.3, 6.7, 18.7, 45.5, 260.8),
 }
 
 
