@@ -195,18 +195,18 @@ def fill_projected(
     dx_proj: Tensor,
     x: Tensor,
     lengths: Tensor,
-    w_ih: Tensor | None,
+    w_ih: Tensor,
     dx: Tensor | None,
     dw_ih: Tensor | None,
     db_ih: Tensor | None,
 ) -> None:
     """Fill the gradients of what was projected, from that of the projection, (T*B, G*H)."""
-    if w_ih is None:
-        fill(dx, lambda: dx_proj.view_as(x))
-    else:
-        fill(dx, lambda: (dx_proj @ w_ih).view_as(x))
-        fill(dw_ih, lambda: dx_proj.t() @ _inside(x, lengths).flatten(0, 1))
-        fill(db_ih, lambda: dx_proj.sum(0))
+    if dx is not None:
+        torch.mm(dx_proj, w_ih, out=dx.flatten(0, 1))
+    if dw_ih is not None:
+        torch.mm(dx_proj.t(), _inside(x, lengths).flatten(0, 1), out=dw_ih)
+    if db_ih is not None:
+        torch.sum(dx_proj, 0, out=db_ih)
 
 
 def _inside(x: Tensor, lengths: Tensor) -> Tensor:
