@@ -181,6 +181,8 @@ def check(train: bool, inputs: Sequence[Any], spans: Tensor) -> None:
 def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In which order an original meets its variants on its way back: when they end, the latest first, and whose ends
     these are; and so for those that start, -1 for the others. All (B, K)."""
+    if not swaps.numel():
+        return ends, ends, ends, ends
     i, j = swaps.unbind(-1)
     both = torch.stack((ends, torch.where(i < j, i, -1)))
     (end_times, start_times), (end_order, start_order) = both.sort(dim=-1, descending=True, stable=True)
