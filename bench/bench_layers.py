@@ -24,7 +24,7 @@ def settings() -> Iterator[tuple[str, str, str, str]]:
             yield cell, size, swaps, contestant
 
 
-@pytest.mark.parametrize(("cell", "size", "swaps", "contestant"), settings())
+@pytest.mark.parametrize(("cell", "size", "swaps", "contestant"), [*settings()])
 def bench_step(benchmark: BenchmarkFixture, cell: str, size: str, swaps: str, contestant: str) -> None:
     setting = Setting(cell, *SIZES[size], *SWAPS[swaps])
     benchmark.extra_info |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
