@@ -79,7 +79,7 @@ PYBIND11_MODULE(_cuda, m) {
     call.T = numbers.at(0), call.B = numbers.at(1), call.K = numbers.at(2), call.H = numbers.at(3),
     call.S = numbers.at(4);
     Reader next(addresses);
-    next(call.swaps, call.ends, call.d_spans, call.d_first, call.dx);
+    next(call.swaps, call.ends, call.spans, call.d_spans, call.d_first, call.dx);
     gather(cell_number(cell), dtype_of(dtype), call, stream);
   });
   m.def("barriers", [](int count, int blocks, uintptr_t arrived, uintptr_t stream) {

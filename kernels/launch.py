@@ -197,12 +197,13 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
         if dw_hh is not None or db_hh is not None:
             compiled_for = weight_constants(cell, H, arithmetic(x.dtype))
             blocks = triton.cdiv(H, compiled_for["BM"])
-            dw, db = empty(_PARTS * G * H, H, call.wide), empty(_PARTS, G * H, call.wide)
+            sums = empty(_PARTS, G * H * (H + 1), call.wide)
             weight_kernel[(G * blocks, blocks, _PARTS)](
-                start, tracks, spans, du, d_spans, swaps, ends, dw, db, T, B, K, H, S, **compiled_for
+                start, tracks, spans, du, d_spans, swaps, ends, sums, T, B, K, H, S, **compiled_for
             )
-            gpu.fill(dw_hh, lambda: dw.view(_PARTS, G * H, H).sum(0))
-            gpu.fill(db_hh, lambda: db.sum(0))
+            found = sums.sum(0)
+            gpu.fill(dw_hh, lambda: found[: G * H * H].view(G * H, H))
+            gpu.fill(db_hh, lambda: found[G * H * H :])
         if K and not (dx is dw_ih is db_ih is None):
             compiled_for = gather_constants(cell, H, arithmetic(x.dtype))
             grid = T * B, triton.cdiv(H, compiled_for["BLOCK"])

@@ -833,23 +833,28 @@ def gather_kernel(
     total = ()
     for g in tl.static_range(G):
         total = total + (tl.load(dx + (row * G + g) * H + unit, unit < H, 0.0).to(WIDE),)
-    for k in range(K):
-        v = b.to(tl.int64) * K + k
-        i, j, stop = _positions(swaps, ends, v, k < K, T)
-        if (i < j) & (i <= t) & (t <= tl.minimum(stop, i + S - 1)):
-            at = tl.minimum(tl.where(t == i, j, tl.where(t == j, i, t)) - i, S - 1)
+    for some in range(0, K, 32):
+        k = some + tl.arange(0, 32)
+        i, j, stop = _positions(swaps, ends, b.to(tl.int64) * K + k, k < K, T)
+        has_read = (i < j) & (i <= t) & (t <= tl.minimum(stop, i + S - 1))
+        n = tl.min(tl.where(has_read, k, K), 0)
+        while n < K:
+            v = b.to(tl.int64) * K + n
+            first, second, _ = _positions(swaps, ends, v, n < K, T)
+            at = tl.minimum(tl.where(t == first, second, tl.where(t == second, first, t)) - first, S - 1)
             owed = ()
             for g in tl.static_range(G):
                 kept_at = (v * S + at) * D + (g if g < G - 1 else D - 1)
                 owed = owed + (tl.load(d_spans + kept_at * H + unit, unit < H, 0.0).to(WIDE),)
             total = _add(total, owed)
+            n = tl.min(tl.where(has_read & (k > n), k, K), 0)
     for g in tl.static_range(G):
         tl.store(dx + (row * G + g) * H + unit, total[g], unit < H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "K", "S"])
 def weight_kernel(
-    start, tracks, spans, du, d_spans, swaps, ends, dw, db,
+    start, tracks, spans, du, d_spans, swaps, ends, sums,
     T, B, K, H, S,
     G: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -857,6 +862,7 @@ def weight_kernel(
     """A block (BM, BN) of dW_hh, and of db_hh, from every n-th block of BR rows; n parts, to be added up by the caller.
 
     A row is the gradient of its gates times the h that came in. The first step of a variant stands in its original's.
+    A part of `sums` has (G*H, H) for dW_hh and (G*H) for db_hh behind it.
     """
     H = H // ALIGN * ALIGN
     wide: tl.constexpr = spans.dtype.element_ty
@@ -879,10 +885,11 @@ def weight_kernel(
         total_b += tl.sum(da.to(wide), 1)
     n_variants = B * K * S
     for block in range(part, tl.cdiv(n_variants, BR), parts):
-        row = (block * BR + tl.arange(0, BR)).to(tl.int64)
+        row = block * BR + tl.arange(0, BR)
         v = row // S
         after = row % S  # steps since i
         inside = row < n_variants
+        row = row.to(tl.int64)
         i = tl.load(swaps + 2 * v, inside, 0)
         j = tl.load(swaps + 2 * v + 1, inside, 0)
         inside = (i < j) & (after > 0) & (after <= tl.load(ends + v, inside, 0) - i)
@@ -890,7 +897,7 @@ def weight_kernel(
         h = tl.load(spans + ((row - 1) * len(tracks))[:, None] * H + c, inside[:, None] & (c < H)[None, :], 0.0)
         total = tl.dot(da, h.to(da.dtype), total, input_precision=PRECISION, out_dtype=wide)
         total_b += tl.sum(da.to(wide), 1)
-    row = (part * G + g) * H + m
-    tl.store(dw + row[:, None] * H + c, total, (m < H)[:, None] & (c < H)[None, :])
+    sums += part * G * H * (H + 1)
+    tl.store(sums + (g * H + m)[:, None] * H + c, total, (m < H)[:, None] & (c < H)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(db + row, total_b, m < H)
+        tl.store(sums + G * H * H + g * H + m, total_b, m < H)

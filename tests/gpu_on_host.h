@@ -361,6 +361,16 @@ inline float warp_sum(float x) {
   return total;
 }
 
+inline uint32_t ballot(bool says) {
+  auto* words = exchanged();
+  words[thread() % 32][0] = says;
+  warp_barrier();
+  uint32_t all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= words[lane][0] << lane;
+  return all;
+}
+inline int first_bit(uint32_t x) { return __builtin_ctz(x); }
+
 template <int kTiles>
 void load_fragments(uint32_t (&b)[2][2], const uint32_t* from) {
   check_address(from, 16);

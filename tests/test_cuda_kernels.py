@@ -16,6 +16,7 @@ import cuda_on_host
 import pytest
 import torch
 from oracle import Case, assert_as_good_as_reference, assert_padding_does_not_matter, cast, make, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import aot
 from sire_fast import GRU, backends, proof
@@ -361,6 +362,36 @@ def test_a_block_that_ends_before_all_has_arrived_is_found(tmp_path: Path) -> No
 def test_the_first_lane_is_not_always_the_first_to_run(tmp_path: Path) -> None:
     code = 'static int ran; if (ran++ % 64 == 0 && thread() % 32) throw std::runtime_error("another");'
     assert_found(tmp_path, code)
+
+
+class Operators(TorchDispatchMode):
+    """The names of torch's operators that a watched function calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        self.names.append(operator.overloadpacket.__name__)
+        return operator(*arguments, **named or {})
+
+    def watch(self, call: Callable[..., None]) -> Callable[..., None]:
+        def watched(*arguments: Any) -> None:
+            with self:
+                call(*arguments)
+
+        return watched
+
+
+def test_no_tensor_is_filled_or_copied_around_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At T=1000 every pass over all rows of spans costs as much as a hundred steps."""
+    seen = Operators()
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(cuda, name, seen.watch(getattr(cuda, name)))
+    arguments = cast(make(Case("gru", 5, 3, 7, 2, inputs=4)), FLOAT)
+    run("gru", arguments | {"h0": arguments["h0"].detach()}, "cuda")
+    assert {"mm", "addmm_", "sum"} <= {*seen.names}
+    assert not {"zero_", "fill_", "new_zeros", "cat", "copy_", "_to_copy", "clone"} & {*seen.names}
 
 
 def test_weights_may_begin_anywhere() -> None:

@@ -390,7 +390,7 @@ def test_says_why_it_is_not_fused() -> None:
         (projected,) = sire_fast.LSTM(4, 6, proj_size=3, bias=bias).why_not_fused()
         assert projected == "proj_size=3: fused without a projection"
     slow = sire_fast.LSTM(4, 6, num_layers=2, bidirectional=True, proj_size=3).half().why_not_fused()
-    assert [reason.split(":")[0] for reason in slow] == ["proj_size=3", "cpu", "triton"]
+    assert [reason.split(":")[0] for reason in slow] == ["proj_size=3", "cpu", "triton", "cuda"]
     both = {"num_layers": 2, "bidirectional": True}
     assert sire_fast.GRU(4, 6, **both).why_not_fused() == []
     (reason,) = sire_fast.GRU(4, 6, **both, swaps=Uniform(2)).why_not_fused()

@@ -91,6 +91,16 @@ def test_long_sequences_of_many_rows(cell: str, backend: str) -> None:
     assert_as_good_as_reference(cell, make(case), torch.float32, backend)
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_variants_than_a_warp_has_lanes(backend: str) -> None:
+    """Those that have read an input are looked for 32 at a time."""
+    arguments = make(Case("gru", 34, 1, 3, 0))
+    arguments["swaps"] = swaps.Adjacent("all")(34, 1)
+    arguments["ends"] = arguments["swaps"][..., 1].contiguous()
+    assert arguments["swaps"].shape[1] > 32
+    assert_as_good_as_reference("gru", arguments, torch.float32, backend)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("backend", KERNELS)

@@ -56,18 +56,19 @@ struct Backward : Pass {
   const int64_t* start_order;
   void* dx;        // (T*B, G*H), without what variants owe
   void* du;        // (T*B, G*H), the first steps of variants included
-  void* d_spans;   // (B*K*S, D*H): gradients of gates, du's G and, if D > G, dx's last; 0 but behind a first
-                   // step
+  void* d_spans;   // (B*K*S, D*H): gradients of gates, du's G and, if D > G, dx's last, behind a first step
   float* d_first;  // (B*K, (D + STATES)*H): a variant's first step, and what it owes to the states before it
   float* d_start[2];  // (B, H)
 };
 
-// Adds to dx what the variants owe to the inputs that they have read.
+// Adds to dx what the variants owe to the inputs that they have read, and writes 0 to the rows of spans and
+// d_spans that nobody has written, as far as dW_hh takes them in.
 struct Gather {
   int T, B, K, H, S;
   const int64_t* swaps;
   const int64_t* ends;
-  const void* d_spans;
+  float* spans;
+  void* d_spans;
   const float* d_first;
   void* dx;
 };

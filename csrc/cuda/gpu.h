@@ -137,6 +137,10 @@ SIRE_DEVICE float warp_sum(float x) {
   return x;
 }
 
+// Bit l tells what lane l of the warp says.
+SIRE_DEVICE uint32_t ballot(bool says) { return __ballot_sync(0xffffffff, says); }
+SIRE_DEVICE int first_bit(uint32_t x) { return __ffs(int(x)) - 1; }
+
 SIRE_DEVICE uint32_t bits(float x) { return __float_as_uint(x); }
 SIRE_DEVICE uint32_t bits(Bfloat16 x) { return __bfloat16_as_ushort(x); }
 SIRE_DEVICE uint32_t bits(Float16 x) { return __half_as_ushort(x); }

@@ -120,7 +120,7 @@ void backward(int cell, Dtype dtype, const Backward& g, uintptr_t stream) {
 
 void gather(int cell, Dtype dtype, const Gather& call, uintptr_t stream) {
   dispatch(cell, dtype, [&](auto c, auto e) {
-    const Grid grid{int64_t(call.T) * call.B, kGatherThreads, 0, 1, false};
+    const Grid grid{int64_t(call.B) * (call.K + call.T), kGatherThreads, 0, 1, false};
     launch(gather_kernel<decltype(c), decltype(e)>, grid, stream, call);
   });
 }

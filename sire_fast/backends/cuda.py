@@ -162,8 +162,6 @@ def forward(
     gpu.check(train, inputs, outputs[-1])
     x, w_ih, b_ih, *others = inputs
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs
-    if train:
-        spans.zero_()  # rows behind a span are factors of dW_hh, next to zeros
     _forward(
         cell, gpu.projected(x, w_ih, b_ih), others, (output, cells), (h_n, c_n), (variants, variant_cells), penalty,
         gates if gates.numel() else None, spans if train else None,
@@ -214,8 +212,9 @@ def backward(
         )  # fmt: skip
     start = call.start(h0, c0)
     D = _cuda.gradients(cell)
-    dx_proj, du = x.new_empty(T * B, G * H), x.new_empty(T * B, G * H)
-    d_spans = x.new_zeros(B * K * S, D * H)
+    projected = w_ih is not None
+    dx_proj = x.new_empty(T * B, G * H) if projected or dx is None else dx.view(T * B, G * H)
+    du, d_spans = x.new_empty(T * B, G * H), x.new_empty(B * K * S, D * H)
     d_first = spans.new_empty(B * K, (D + states) * H)
     d_start = tuple(torch.empty_like(s) for s in start)
     incoming = (d_output, d_cells, d_h_n, d_c_n, d_variants, d_variant_cells, d_penalty)
@@ -225,18 +224,22 @@ def backward(
         (None, w_hh, b_hh, *_pair(start), swaps, ends, lengths, *incoming, output, cells, gates, spans,
          *gpu.events(swaps, ends), *results),
     )  # fmt: skip
+    if K:
+        _run("gather", cell, x, (T, B, K, H, S), (swaps, ends, spans, d_spans, d_first, dx_proj))
     if dw_hh is not None:
-        before = torch.cat((start[0], output[:-1].flatten(0, 1)))
-        dw = du.t() @ before.to(x.dtype)
+        torch.mm(du[:B].t(), start[0].to(x.dtype), out=dw_hh)
+        dw_hh.addmm_(du[B:].t(), output[:-1].flatten(0, 1).to(x.dtype))
         if K:
-            dw += d_spans[1:, : G * H].t() @ spans[:-1, :H].to(x.dtype)
-        dw_hh.copy_(dw)
-    gpu.fill(db_hh, lambda: du.sum(0) + d_spans[:, : G * H].sum(0))
-    if K and not (dx is dw_ih is db_ih is None):
-        _run("gather", cell, x, (T, B, K, H, S), (swaps, ends, d_spans, d_first, dx_proj))
+            dw_hh.addmm_(d_spans[1:, : G * H].t(), spans[:-1, :H].to(x.dtype))
+    if db_hh is not None:
+        same = (G - (D > G)) * H  # what the projected input has for gradients too, those of variants included
+        torch.sum(dx_proj[:, :same], 0, out=db_hh[:same])
+        if D > G:
+            torch.add(du[:, same:].sum(0), d_spans[:, same : G * H].sum(0), out=db_hh[same:])
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
         gpu.fill(gradient, lambda found=found: found)  # type: ignore[misc]  # a default has no type
-    gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
+    if projected:
+        gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 
 
 def groups(device: torch.device) -> list[Group]:

@@ -181,6 +181,8 @@ def check(train: bool, inputs: Sequence[Any], spans: Tensor) -> None:
 def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In which order an original meets its variants on its way back: when they end, the latest first, and whose ends
     these are; and so for those that start, -1 for the others. All (B, K)."""
+    if not swaps.numel():
+        return ends, ends, ends, ends
     i, j = swaps.unbind(-1)
     both = torch.stack((ends, torch.where(i < j, i, -1)))
     (end_times, start_times), (end_order, start_order) = both.sort(dim=-1, descending=True, stable=True)
@@ -195,18 +197,18 @@ def fill_projected(
     dx_proj: Tensor,
     x: Tensor,
     lengths: Tensor,
-    w_ih: Tensor | None,
+    w_ih: Tensor,
     dx: Tensor | None,
     dw_ih: Tensor | None,
     db_ih: Tensor | None,
 ) -> None:
     """Fill the gradients of what was projected, from that of the projection, (T*B, G*H)."""
-    if w_ih is None:
-        fill(dx, lambda: dx_proj.view_as(x))
-    else:
-        fill(dx, lambda: (dx_proj @ w_ih).view_as(x))
-        fill(dw_ih, lambda: dx_proj.t() @ _inside(x, lengths).flatten(0, 1))
-        fill(db_ih, lambda: dx_proj.sum(0))
+    if dx is not None:
+        torch.mm(dx_proj, w_ih, out=dx.flatten(0, 1))
+    if dw_ih is not None:
+        torch.mm(dx_proj.t(), _inside(x, lengths).flatten(0, 1), out=dw_ih)
+    if db_ih is not None:
+        torch.sum(dx_proj, 0, out=db_ih)
 
 
 def _inside(x: Tensor, lengths: Tensor) -> Tensor:

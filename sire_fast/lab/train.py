@@ -419,7 +419,7 @@ class Run:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, task: Task) -> dict[str, Any]:
+def evaluate(model: Any, task: Task) -> dict[str, Any]:
     """Measure a model on held-out sequences, the same for every model.
 
     Returns:
@@ -428,7 +428,7 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, Any]:
         order_sensitivity: mean and max of |change of the answer| over all test lengths.
     """
     model.eval()
-    device = next(model.parameters()).device
+    device = model.features.device
     metrics, changes = {}, []
     for length in task.test_lengths:
         generator = torch.Generator().manual_seed(_TEST_SEED + length)
@@ -447,10 +447,10 @@ def evaluate(model: nn.Module, task: Task) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def validate(model: nn.Module, task: Task) -> float:
+def validate(model: Any, task: Task) -> float:
     """The task's metric on held-out sequences, shared out evenly among the training lengths."""
     model.eval()
-    device = next(model.parameters()).device
+    device = model.features.device
     generator = torch.Generator().manual_seed(_VALIDATION_SEED)
     metric = task.metrics[task.metric]
     scores = []
