@@ -20,7 +20,7 @@ T steps, B sequences, K variants of each, H units, S rows kept for a variant; G 
 gates that the backward needs, D different blocks of gate gradients. Tuples hold h, or h and c.
 
     x_proj, dx, du         (T, B, G*H)
-    w_hh                   (G*H, H), a tuple of it, or where float32 streams of its halves
+    w_hh                   (G*H, H), in a tuple; where float32 streams its halves
     b_hh                   (G*H) or None
     swaps, ends, lengths   (B, K, 2), (B, K), (B), int64
     start, last            (B, H); these and all that follow but the gates are in the dtype of states, at least float32
