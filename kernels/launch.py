@@ -71,8 +71,10 @@ def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
     # what is moved one by one has addresses of its own, which take registers
     block = 64 if _aligned_bytes(hidden, arithmetic) >= 16 else 32
     if size == 2:
-        return Launch(16, False, block, min(64, 16 * _align(hidden)), 8, 2)
-    return Launch(16, False, block, 16, 8, 3)
+        return Launch(16, False, block, min(64, 16 * _align(hidden)), 8, 3)
+    # a third stage of the halves of four gates takes registers that computing the gates again does not have
+    stages = 2 if arithmetic == "tf32x3" and EQUATIONS[cell].gates == 4 else 3
+    return Launch(16, False, block, 16, 8, stages)
 
 
 _PARTS = 16  # of dW_hh, which are summed side by side
@@ -149,7 +151,7 @@ def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Se
     start = _aligned(call.start(h0, c0))
     with torch.cuda.device_of(x):
         forward_kernel[(triton.cdiv(B, N),)](
-            x_proj, w_hh, b_hh, start, swaps, ends, lengths,
+            x_proj, _halves(w_hh, how), b_hh, start, swaps, ends, lengths,
             call.states(output, cells), call.states(h_n, c_n), call.states(variants, variant_cells), penalty,
             gates, spans,
             T, B, K, H, S, N, V,
@@ -185,8 +187,8 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
     with torch.cuda.device_of(x):
         backward_kernel[(programs,)](
             _aligned(call.states(d_output, d_cells)), call.states(d_h_n, d_c_n),
-            call.states(d_variants, d_variant_cells), d_penalty, x_proj, w_hh, b_hh, start, swaps, ends, lengths,
-            tracks, gates, spans,
+            call.states(d_variants, d_variant_cells), d_penalty, x_proj, _halves(w_hh, how), b_hh, start, swaps, ends,
+            lengths, tracks, gates, spans,
             *gpu.events(swaps, ends), dx_proj, du, d_spans, d_first, carry, d_start,
             T, B, K, H, S, N, V,
             GRADIENT=CELLS[cell].backward, KEPT=0 if recompute else CELLS[cell].kept, D=D, RECOMPUTE=recompute,
@@ -210,6 +212,15 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
         gpu.fill(gradient, lambda found=found: found)
     if projected:
         gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
+
+
+def _halves(w_hh: Tensor, how: Launch) -> tuple[Tensor, ...]:
+    """W_hh as the recurrent kernels read it: where float32 streams two TF32 numbers that are all of it, but for a bit
+    that the product drops."""
+    if how.resident or arithmetic(w_hh.dtype) != "tf32x3":
+        return (w_hh,)
+    high = w_hh.view(torch.int32).add(0x1000).bitwise_and_(-0x2000).view(w_hh.dtype)
+    return high, w_hh - high
 
 
 def _aligned(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

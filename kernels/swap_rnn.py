@@ -20,7 +20,8 @@ T steps, B sequences, K variants of each, H units, S rows kept for a variant; G 
 gates that the backward needs, D different blocks of gate gradients. Tuples hold h, or h and c.
 
     x_proj, dx, du         (T, B, G*H)
-    w_hh, b_hh             (G*H, H), (G*H) or None
+    w_hh                   (G*H, H), in a tuple; where float32 streams its halves
+    b_hh                   (G*H) or None
     swaps, ends, lengths   (B, K, 2), (B, K), (B), int64
     start, last            (B, H); these and all that follow but the gates are in the dtype of states, at least float32
     tracks, ended          (T, B, H), (B, K, H)
@@ -35,6 +36,9 @@ gates that the backward needs, D different blocks of gate gradients. Tuples hold
 What a product meets is laid out over the threads as the product is; a change of layout from that of memory is two
 barriers. So blocks that lie beside each other move as one tensor, with one change (AS_ONE), and what only happens where
 a variant ends or starts stands behind a branch.
+
+float32 on matrix units, "tf32x3", makes of each factor a sum of two TF32 numbers, and of a product the three larger of
+four. W_hh that streams comes as such halves: split where it is loaded, it would be split at every step.
 
 Gradients that come in are as what they are of, or None for zero. ALIGN divides H: where it is a multiple of 4, say, the
 compiler may move so many neighbours at once, which Triton itself only sees of multiples of 16.
@@ -326,10 +330,13 @@ def _soon(
 
 @triton.jit
 def _load_weights(w_hh, to, unit, H, G: tl.constexpr):
-    """G blocks of W_hh: rows `to`, columns `unit`, of either orientation."""
+    """G blocks of W_hh, each in halves if W_hh is: rows `to`, columns `unit`, of either orientation."""
     blocks = ()
     for g in tl.static_range(G):
-        blocks = blocks + (tl.load(w_hh + (g * H + to) * H + unit, (to < H) & (unit < H), 0.0),)
+        halves = ()
+        for n in tl.static_range(len(w_hh)):
+            halves = halves + (tl.load(w_hh[n] + (g * H + to) * H + unit, (to < H) & (unit < H), 0.0),)
+        blocks = blocks + (halves,)
     return blocks
 
 
@@ -339,8 +346,23 @@ def _load_stack(w_hh, g: tl.constexpr, COUNT: tl.constexpr, unit, H):
     UNITS: tl.constexpr = unit.shape[0]
     row = tl.arange(0, COUNT * UNITS)
     to = row % UNITS
-    address = w_hh + ((g + row // UNITS) * H + to)[:, None] * H + unit
-    return tl.load(address, (to < H)[:, None] & (unit < H)[None, :], 0.0)
+    address = w_hh[0] + ((g + row // UNITS) * H + to)[:, None] * H + unit
+    return (tl.load(address, (to < H)[:, None] & (unit < H)[None, :], 0.0),)
+
+
+@triton.jit
+def _dot(a, w, total, PRECISION: tl.constexpr):
+    """A block of rows times a block of W_hh, on top of `total`."""
+    if len(w) == 1:
+        total = tl.dot(a, w[0], total, input_precision=PRECISION, out_dtype=total.dtype)
+    else:
+        # the nearest TF32; what is left loses a bit in the product, as it would if it were rounded. The high half of
+        # NaN may be 0, the low one is NaN
+        high = ((a.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(a.dtype, bitcast=True)
+        total = tl.dot(a - high, w[0], total, input_precision="tf32")
+        total = tl.dot(high, w[1], total, input_precision="tf32")
+        total = tl.dot(high, w[0], total, input_precision="tf32")
+    return total
 
 
 @triton.jit
@@ -348,13 +370,16 @@ def _product(a, w, WIDE: tl.constexpr, PRECISION: tl.constexpr):
     """The product of a block of rows with each of the blocks of W_hh."""
     u = ()
     for g in tl.static_range(len(w)):
-        u = u + (tl.dot(a.to(w[g].dtype), w[g], input_precision=PRECISION, out_dtype=WIDE),)
+        u = u + (_dot(a.to(w[g][0].dtype), w[g], tl.zeros((a.shape[0], w[g][0].shape[1]), WIDE), PRECISION),)
     return u
 
 
 @triton.jit
-def _through(du, w, total, PRECISION: tl.constexpr):
-    return tl.dot(du, w, total, input_precision=PRECISION, out_dtype=total.dtype)
+def _zeros(COUNT: tl.constexpr, R: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr):
+    blocks = ()
+    for _ in tl.static_range(COUNT):
+        blocks = blocks + (tl.zeros((R, UNITS), WIDE),)
+    return blocks
 
 
 @triton.jit
@@ -362,9 +387,7 @@ def _streamed(
     address, rows, unit, w_hh, H, G: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr
 ):
     """W_hh h for rows of h at an address, of the units `unit`: blocks of W_hh come through the cache."""
-    u = ()
-    for _ in tl.static_range(G):
-        u = u + (tl.zeros((address.shape[0], unit.shape[0]), WIDE),)
+    u = _zeros(G, address.shape[0], unit.shape[0], WIDE)
     for block in range(tl.cdiv(H, BK)):
         column = block * BK + tl.arange(0, BK)
         h = tl.load(address[:, None] + column, rows[:, None] & (column < H)[None, :], 0.0)
@@ -532,7 +555,7 @@ def backward_kernel(
     if RESIDENT:
         first, unit = 0, tl.arange(0, BH)
         # two gates in line are one change of layout; the halves of float32 would not fit the registers then
-        LINE: tl.constexpr = 2 if G > 1 and w_hh.dtype.element_ty.primitive_bitwidth == 16 else 1
+        LINE: tl.constexpr = 2 if G > 1 and w_hh[0].dtype.element_ty.primitive_bitwidth == 16 else 1
         w = ()
         for g in tl.static_range(0, G, LINE):
             w = w + (_load_stack(w_hh, g, LINE if g + LINE <= G else 1, unit, H),)
@@ -544,9 +567,7 @@ def backward_kernel(
         origin = tl.where(p == 0, 0, i)
         begin = tl.where(original, 0, i)
         live = original | moving
-        d = ()
-        for n in tl.static_range(STATES):
-            d = d + (tl.zeros((R, BH), wide),)
+        d = _zeros(STATES, R, BH, wide)
         steps = _steps(p, T, i, stop, moving)
         if RESIDENT:
             t = origin + steps - 1
@@ -721,9 +742,9 @@ def backward_kernel(
                 ds = tl.where(goes_on[:, None], ds, 0)
                 if RESIDENT:
                     d_h = ds if STATES == 1 else tl.zeros((R, BH), wide)
-                    du_now = _cast(_keep(goes_on, du_now), w_hh.dtype.element_ty)
+                    du_now = _cast(_keep(goes_on, du_now), w_hh[0].dtype.element_ty)
                     for n in tl.static_range(len(w)):
-                        d_h = _through(_in_line(du_now[n * LINE : n * LINE + LINE]), w[n], d_h, PRECISION)
+                        d_h = _dot(_in_line(du_now[n * LINE : n * LINE + LINE]), w[n], d_h, PRECISION)
                     d = (d_h,) if STATES == 1 else (d_h, ds)
                     after = s
                 else:
@@ -735,14 +756,20 @@ def backward_kernel(
                     first = block * BH
                     unit = first + tl.arange(0, BH)
                     address = _either(original, _row(du, at, G * H), _row(d_spans, in_span, D * H), ALIGN)
-                    d_h = tl.zeros((R, BH), wide)
+                    # a sum for each gate: in a single one every product would wait for the one before it
+                    sums = _zeros(G, R, BH, wide)
                     for inner in range(tl.cdiv(H, BK)):
                         column = inner * BK + tl.arange(0, BK)
                         w = _load_weights(w_hh, column[:, None], unit[None, :], H, G)
                         mask = goes_on[:, None] & (column < H)[None, :]
+                        longer = ()
                         for g in tl.static_range(G):
                             du_g = tl.load(address[:, None] + g * H + column, mask, 0.0)
-                            d_h = _through(du_g, w[g], d_h, PRECISION)
+                            longer = longer + (_dot(du_g, w[g], sums[g], PRECISION),)
+                        sums = longer
+                    d_h = sums[0]
+                    for g in tl.static_range(1, G):
+                        d_h += sums[g]
                     if STATES == 1:
                         d_h += _load(_row(carry, slot, H), live, first, H, 1, BH, AS_ONE)[0]
                     _store(_row(carry, slot, H), (d_h,), live, unit, H, AS_ONE)

@@ -16,7 +16,8 @@ import torch
 import triton.language as tl
 from oracle import Case
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton._C.libtriton import ir
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 from sire_fast import backends, functional, swaps
 from sire_fast.backends import gpu
@@ -144,6 +145,25 @@ def test_true_float32_unless_torch_allows_tf32(way: str, allow_tf32: Any) -> Non
     assert launch.arithmetic(torch.float32) == "tf32"
     allow_tf32[way](False)
     assert launch.arithmetic(torch.float32) == "tf32x3"
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_float32_from_halves_on_matrix_units(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read the first 10 bits of a fraction: each of the three products of halves is needed, and halves must be."""
+    multiply, seen = InterpreterBuilder.create_dot, []
+
+    def of_tf32(self: InterpreterBuilder, a: Any, b: Any, d: Any, precision: Any, *others: Any) -> Any:
+        if precision == ir.INPUT_PRECISION.TF32:
+            seen.append(precision)
+            a, b = (TensorHandle((x.data.view(np.int32) & -0x2000).view(np.float32), x.dtype) for x in (a, b))
+        return multiply(self, a, b, d, precision, *others)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", of_tf32)
+    monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 16, 16, 4, 1))
+    for recompute in (False, True):
+        case = Case(cell, 3, 1, 20, 1, recompute=recompute)
+        oracle.assert_as_good_as_reference(cell, oracle.make(case), torch.float32, "triton")
+    assert seen
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
