@@ -146,9 +146,9 @@ def test_one_that_is_wrong_is_told_once_and_replaced(kernel, cache, accident):
     assert backends.choose("triton", **CALL) == "triton"  # who names it gets it
 
 
-def test_the_next_one_is_taken_where_the_first_is_wrong(kernel, tmp_path, monkeypatch):
+def test_the_next_one_is_taken_where_the_first_is_wrong(kernel, tmp_path):
     kernel.accident = fail
-    monkeypatch.setitem(backends.KERNELS, "cuda", StandIn(tmp_path / "other.so"))
+    backends.KERNELS["cuda"] = StandIn(tmp_path / "other.so")
     with pytest.warns(RuntimeWarning, match="no kernel image"):
         assert backends.choose("auto", **CALL) == "cuda"
 
