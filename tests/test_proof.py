@@ -170,6 +170,12 @@ def test_no_mode_of_the_caller_reaches_it(kernel, around):
     assert kernel.calls == 1
 
 
+def test_who_forces_a_backend_does_not_wait_for_others(kernel):
+    with backends.use("reference"):
+        assert layer().backend == "reference"
+    assert kernel.calls == 0
+
+
 def test_random_numbers_stay_as_they_are(kernel):
     before = torch.get_rng_state()
     backends.choose("auto", **CALL)

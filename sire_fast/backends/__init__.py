@@ -120,8 +120,10 @@ def choose(backend: str, **call: Any) -> str:
 def why_no_kernel(**call: Any) -> list[str]:
     """The reasons why "auto" finds no kernel for such a call (see `why_not`), none if it does or if a backend is
     forced."""
+    if _forced:
+        return []
     name, reasons = _first(**call)
-    return reasons if name == "reference" and not _forced else []
+    return reasons if name == "reference" else []
 
 
 def _first(**call: Any) -> tuple[str, list[str]]:
