@@ -422,9 +422,7 @@ def prepare_all(
             if answer.died:
                 group.failures.append(what)
             continue
-        group.passed += answer.passed
-        group.failures += answer.failures
-        group.not_available += [reason for reason in answer.not_available if reason not in group.not_available]
+        group.add(answer)
         for failure in answer.failures:
             clock.say(f"WRONG {failure}")
         if item is None:

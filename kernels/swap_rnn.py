@@ -572,52 +572,14 @@ def backward_kernel(
         if RESIDENT:
             t = origin + steps - 1
             after, _ = _soon(
-                t + 1,
-                b,
-                v,
-                i,
-                original,
-                live,
-                stop,
-                first,
-                d_tracks,
-                start,
-                tracks,
-                gates,
-                spans,
-                T,
-                B,
-                H,
-                S,
-                0,
-                BH,
-                AS_ONE,
-                ALIGN,
-            )
+                t + 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T,
+                B, H, S, 0, BH, AS_ONE, ALIGN,
+            )  # fmt: skip
             after = _apart(after, 1 if d_tracks[0] is None else 2, AS_ONE)[0]
             soon_states, soon_kept = _soon(
-                t,
-                b,
-                v,
-                i,
-                original,
-                live,
-                stop,
-                first,
-                d_tracks,
-                start,
-                tracks,
-                gates,
-                spans,
-                T,
-                B,
-                H,
-                S,
-                KEPT,
-                BH,
-                AS_ONE,
-                ALIGN,
-            )
+                t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T,
+                B, H, S, KEPT, BH, AS_ONE, ALIGN,
+            )  # fmt: skip
             soon_c = _second(d_tracks, t, b, original & live & (t <= stop), unit, B, H)
         else:
             for block in range(blocks):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from sire_fast import backends, functional, passes, reference, swaps
 from sire_fast.backends import cpu, gpu
+from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS, States
 from sire_fast.inspection import evaluating
 from sire_fast.layers import _SwapLayer
@@ -194,7 +195,7 @@ def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.devic
     small one right. That is tried once, remembered in a file, for this card and these versions, and told in a warning
     if it goes wrong."""
     tf32 = dtype == torch.float32 and gpu.allows_tf32()
-    key = backend, cell, _name(dtype), str(device), hidden_size, tf32
+    key = backend, cell, name_of(dtype), str(device), hidden_size, tf32
     if key not in _known:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return []  # nothing else may run now, and a graph's first run has been asked for before
@@ -202,7 +203,7 @@ def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.devic
         found = []
         if not file.exists():
             found = _tried(backend, cell, dtype, torch.device(device), hidden_size)
-        where = f"{backend}: {cell} of H={hidden_size} in {_name(dtype)} on {device}"
+        where = f"{backend}: {cell} of H={hidden_size} in {name_of(dtype)} on {device}"
         _known[key] = [f"{where} is wrong here: {what}" for what in found[:1]]
         if found:
             told = f"sire_fast: {_known[key][0]}; another backend serves; `sire-fast check` shows what to report"
@@ -230,10 +231,6 @@ def _tried(backend: str, cell: str, dtype: torch.dtype, device: torch.device, hi
     thread.start()
     thread.join()
     return wrong
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def first_line(error: Exception) -> str:
@@ -349,7 +346,7 @@ def check_kernel(
             worst |= {
                 name: max(error, worst.get(name, error), key=lambda each: each.share) for name, error in found.items()
             }
-    return Row(f"{cell} {_name(dtype)}", backend, worst, wrong, refused)
+    return Row(f"{cell} {name_of(dtype)}", backend, worst, wrong, refused)
 
 
 def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
@@ -418,7 +415,7 @@ def _checked(name: str, layer: _SwapLayer, input: Any, hx: Any = None, lengths: 
     kind, dtype = x.device.type, call["dtype"]
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    what = f"{name}: {network.cell} {_name(dtype)} {'x'.join(map(str, x.shape))} H={call['hidden_size']}"
+    what = f"{name}: {network.cell} {name_of(dtype)} {'x'.join(map(str, x.shape))} H={call['hidden_size']}"
     compute = functools.partial(_results, lengths=lengths, pairs=pairs, names=layer._all_weights)
     for draw in range(chances(network.cell, call["hidden_size"])):
         if draw:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sire_fast.backends import gpu
-from sire_fast.backends.gpu import Call
+from sire_fast.backends.gpu import Call, name_of
 from sire_fast.cells import CELLS
 
 _cuda: Any = None
@@ -73,8 +73,8 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
         reasons.append(f"cuda: runs on a GPU, got a tensor on {device}")
     if dtype not in _DTYPES:
         return [*reasons, f"cuda: computes in float32, bfloat16 and float16, got {dtype}"]
-    size = f"H={hidden_size} in {_name(dtype)}"
-    if not _cuda.blocks(hidden_size, _name(dtype)):
+    size = f"H={hidden_size} in {name_of(dtype)}"
+    if not _cuda.blocks(hidden_size, name_of(dtype)):
         return [*reasons, f"cuda: W_hh of {size} does not fit the registers of any number of blocks"]
     if device.type == _cuda.device:
         chip = _chip(device)
@@ -83,7 +83,7 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
             reasons.append(f"cuda: needs compute capability 8.0 or above, {device} has {told}")
         elif too_old := _driver_too_old(chip):
             reasons.append(too_old)
-        elif not group(cell, _name(dtype), hidden_size, chip):
+        elif not group(cell, name_of(dtype), hidden_size, chip):
             has = f"{chip.processors} multiprocessors with {chip.shared >> 10} KiB"
             reasons.append(f"cuda: {cell} of {size} fits no group of blocks of {device}, which has {has}")
     return reasons
@@ -98,10 +98,6 @@ def _driver_too_old(chip: Chip) -> str:
         return ""
     told, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, least))
     return f"cuda: sire_fast._cuda was built for CUDA {needed}, which needs a newer driver: this one knows {told}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _chip(device: torch.device) -> Chip:
@@ -270,7 +266,7 @@ def _pair(states: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 def _launch(kernel: str, call: Call, longest: int, x: Tensor, tensors: Sequence[Tensor | None]) -> None:
     """Run the tiles of a pass, whose spans have up to so many steps."""
     chip = _chip(x.device)
-    size = call.cell, _name(x.dtype), call.H
+    size = call.cell, name_of(x.dtype), call.H
     found = group(*size, chip)
     assert found is not None  # or why_not would have refused the call
     blocks, with_mailbox = found
@@ -289,7 +285,7 @@ def _run(kernel: str, cell: str, x: Tensor, numbers: Sequence[int], tensors: Seq
     """Start a kernel on the current stream of a device."""
     addresses = [*map(_address, tensors)]
     with torch.cuda.device_of(x):
-        getattr(_cuda, kernel)(cell, _name(x.dtype), numbers, addresses, _stream(x.device))
+        getattr(_cuda, kernel)(cell, name_of(x.dtype), numbers, addresses, _stream(x.device))
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -27,7 +27,7 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
         return None
     major, minor = torch.cuda.get_device_capability(device)
     padded = 1 << (hidden_size - 1).bit_length()
-    return FASTEST.get((cell, padded, str(dtype).removeprefix("torch."), 10 * major + minor))
+    return FASTEST.get((cell, padded, name_of(dtype), 10 * major + minor))
 
 
 # (cell, dtype, backend) -> microseconds that bench.model predicts for each time step of a training step, forward and
@@ -62,7 +62,7 @@ CUDNN = 28.0
 def predicted(*, cell: str, dtype: torch.dtype, hidden_size: int) -> dict[str, float]:
     """Microseconds of PREDICTED at the next larger H, by backend, the fastest first; empty where there are none."""
     at = bisect.bisect_left(PREDICTED_HIDDEN, hidden_size)
-    name = "bfloat16" if dtype == torch.float16 else str(dtype).removeprefix("torch.")
+    name = "bfloat16" if dtype == torch.float16 else name_of(dtype)
     rows = {backend: row for (*call, backend), row in PREDICTED.items() if call == [cell, name]}
     us = {backend: row[at] for backend, row in rows.items() if at < len(row)}
     return dict(sorted(us.items(), key=lambda item: item[1]))
@@ -75,6 +75,10 @@ def slower_than_torch(backend: str, *, cell: str, dtype: torch.dtype, hidden_siz
         return []
     told = f"{us:.0f} us" if us < math.inf else "longer"
     return [f"{backend}: at H={hidden_size} a step is predicted to take {told}, cuDNN's about {CUDNN:.0f}"]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def why_not_here(backend: str) -> list[str]:
