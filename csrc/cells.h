@@ -10,8 +10,8 @@
 //   W_hh
 //
 // saved counts the blocks of H in kept, gradients the different ones of dx and du: du's, and dx's last if it
-// is not du's. M supplies V (a number or a vector of them) and sigmoid, tanh, relu, positive(condition,
-// value).
+// is not du's. M supplies V (a number or a vector of them) and sigmoid, tanh, tanh_again(c, h, o) where
+// h = o tanh(c), relu, positive(condition, value).
 #pragma once
 
 #ifdef __CUDACC__
@@ -99,7 +99,7 @@ struct Lstm {
   static SIRE_FN void step_backward(const V* dnext, const V* s, const V* next, const V* kept, V* dx, V* du,
                                     V* ds) {
     const V i = kept[0], f = kept[1], g = kept[2], o = kept[3];
-    const V tanh_c = M::tanh(next[1]);
+    const V tanh_c = M::tanh_again(next[1], next[0], o);
     const V dc = dnext[1] + dnext[0] * o * (1 - tanh_c * tanh_c);
     dx[0] = du[0] = dc * g * i * (1 - i);
     dx[1] = du[1] = dc * s[1] * f * (1 - f);

@@ -1,11 +1,11 @@
 // Vectors of the instruction set that this file is compiled for: arithmetic, exp and tanh, and the
-// register-tiled product. GCC's and Clang's vector types, and intrinsics for bfloat16 alone. Everything is
-// local to the file that includes it (anonymous namespace, nothing of the standard library), so that code
+// register-tiled product. GCC's and Clang's vector types, and intrinsics for what they cannot say. Everything
+// is local to the file that includes it (anonymous namespace, nothing of the standard library), so that code
 // built for one instruction set can never be linked into another's.
 #pragma once
 
 #include <cstdint>
-#ifdef __AVX512BF16__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -16,12 +16,17 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64, kTileVectors = 4;
+#define SIRE_X86(operation) _mm512_##operation
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32, kTileVectors = 2;
+#define SIRE_X86(operation) _mm256_##operation
 #elif defined(__aarch64__)
 constexpr int kVectorBytes = 16, kTileVectors = 4;
 #else
 constexpr int kVectorBytes = 16, kTileVectors = 2;
+#ifdef __SSE2__
+#define SIRE_X86(operation) _mm_##operation
+#endif
 #endif
 // kTileRows * kTileVectors accumulators, the vectors of one row of weights and a broadcast fill the registers
 constexpr int kTileRows = 6;
@@ -36,9 +41,10 @@ struct Vector<float> {
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float lowest = -87.f, highest = 88.f;  // exp neither overflows nor becomes denormal
-  static constexpr float saturated = 9.1f;                // tanh is 1 to rounding
-  static constexpr int terms = 7;                         // r^8 / 8! < eps / 4 for |r| <= ln(2) / 2
+  static constexpr float largest = 87.f;  // neither exp(x), exp(-x) nor 1 / (1 + exp(x)) is denormal up to it
+  static constexpr float saturated = 9.1f;  // tanh is 1 to rounding
+  // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, from the constant on; exp(r) - 1 is off by eps / 9 at most
+  static constexpr float series[] = {4.9999998e-1f, 1.6666544e-1f, 4.16672e-2f, 8.36652e-3f, 1.38825e-3f};
 };
 
 template <>
@@ -48,15 +54,12 @@ struct Vector<double> {
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double round = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-  static constexpr double lowest = -708., highest = 709.;
+  static constexpr double largest = 708.;
   static constexpr double saturated = 19.1;
-  static constexpr int terms = 13;
+  static constexpr double series[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
+                                      1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
+                                      1. / 3628800, 1. / 39916800, 1. / 479001600, 1. / 6227020800};
 };
-
-template <class T>
-constexpr T inverse_factorial(int n) {
-  return n < 2 ? T(1) : inverse_factorial<T>(n - 1) / T(n);
-}
 
 // What cells.h computes with.
 template <class T>
@@ -90,34 +93,46 @@ struct Math : Vector<T> {
     const V shifted = x * T(1.4426950408889634) + Vector<T>::round;
     const V power = shifted - Vector<T>::round;
     const V r = (x - power * Vector<T>::ln2_high) - power * Vector<T>::ln2_low;
-    V series = splat(inverse_factorial<T>(Vector<T>::terms));
+    constexpr int terms = sizeof Vector<T>::series / sizeof(T);
+    V series = splat(Vector<T>::series[terms - 1]);
 #pragma GCC unroll 16
-    for (int n = Vector<T>::terms - 1; n >= 2; --n) series = series * r + inverse_factorial<T>(n);
+    for (int n = terms - 2; n >= 0; --n) series = series * r + Vector<T>::series[n];
     less = r * r * series + r;
     // the whole number sits in the low bits of `shifted`: moved up, and the bias added, it is the exponent
     const I bits = ((I)shifted << Vector<T>::mantissa) + ((I)splat(T(1)));
     return (V)bits;
   }
 
-  // comparisons are written so that a NaN passes through
-  static SIRE_FN V clamp(V x, T low, T high) {
-    x = x < low ? splat(low) : x;
-    return x > high ? splat(high) : x;
+  // a NaN passes through: of these instructions' operands the second is the result if one is no number
+  static SIRE_FN V clamp(V x, T limit) {
+    const V high = splat(limit), low = -high;
+#ifdef SIRE_X86
+    if constexpr (sizeof(T) == 4)
+      return SIRE_X86(min_ps)(high, SIRE_X86(max_ps)(low, x));
+    else
+      return SIRE_X86(min_pd)(high, SIRE_X86(max_pd)(low, x));
+#else
+    x = x < low ? low : x;
+    return x > high ? high : x;
+#endif
   }
 
   static SIRE_FN V sigmoid(V x) {
     V less;
-    const V scale = split_exp(clamp(-x, Vector<T>::lowest, Vector<T>::highest), less);
+    const V scale = split_exp(clamp(-x, Vector<T>::largest), less);
     return 1 / (1 + (scale * less + scale));
   }
 
   // (e - 1) / (e + 1) with e = exp(2 x), from e - 1 and not from e: exact to rounding near 0 too
   static SIRE_FN V tanh(V x) {
     V less;
-    const V scale = split_exp(2 * clamp(x, -Vector<T>::saturated, Vector<T>::saturated), less);
+    const V scale = split_exp(2 * clamp(x, Vector<T>::saturated), less);
     const V e_minus_1 = scale * less + (scale - 1);
     return e_minus_1 / (e_minus_1 + 2);
   }
+
+  // tanh(c) once more, of which h = o tanh(c) is at hand
+  static SIRE_FN V tanh_again(V, V h, V o) { return h / o; }
 
   static SIRE_FN V relu(V x) { return x < 0 ? V{} : x; }
   static SIRE_FN V positive(V condition, V value) { return condition <= 0 ? V{} : value; }

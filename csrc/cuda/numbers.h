@@ -31,7 +31,8 @@ struct Math {
     else
       return gpu::tanh(x);
   }
-  static SIRE_DEVICE float relu(float x) { return x < 0 ? 0 : x; }  // a NaN stays one
+  static SIRE_DEVICE float tanh_again(float c, float, float) { return tanh(c); }  // h is rounded to a dtype
+  static SIRE_DEVICE float relu(float x) { return x < 0 ? 0 : x; }                // a NaN stays one
   static SIRE_DEVICE float positive(float condition, float value) { return condition <= 0 ? 0 : value; }
 };
 
