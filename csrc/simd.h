@@ -6,7 +6,10 @@
 
 #include <cstdint>
 #ifdef __SSE2__
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 finds some in its own header
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #include "cells.h"
