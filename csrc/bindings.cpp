@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "memory.h"
 #include "swap_rnn.h"
 
 namespace py = pybind11;
@@ -109,8 +110,11 @@ PYBIND11_MODULE(_C, m) {
       }
     throw py::value_error("instruction set: this machine has no " + name);
   });
-  m.def("advise_huge_pages",
-        [](uintptr_t p, size_t bytes) { advise_huge_pages(reinterpret_cast<void*>(p), bytes); });
+  py::class_<Memory>(m, "Memory", py::buffer_protocol(), py::module_local())
+      .def(py::init<size_t>())
+      .def_buffer([](Memory& memory) {
+        return py::buffer_info(static_cast<uint8_t*>(memory.get()), py::ssize_t(memory.bytes()));
+      });
   m.def("span_rows", [](int64_t T, int64_t B, int64_t K, uintptr_t swaps, uintptr_t ends, uintptr_t lengths) {
     const auto at = [](uintptr_t address) { return reinterpret_cast<const int64_t*>(address); };
     require(at(lengths));

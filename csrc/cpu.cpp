@@ -1,15 +1,12 @@
 // One call on the CPU: who does which sequences, on which threads, with which instruction set's kernels.
 #include <dlfcn.h>
-#include <sys/mman.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <thread>
 #include <vector>
 
+#include "memory.h"
 #include "swap_rnn.h"
 
 namespace sire_fast {
@@ -31,35 +28,17 @@ const InstructionSet*& instruction_set() {
   return current;
 }
 
-void advise_huge_pages(void* p, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr size_t kPage = 4096, kLarge = size_t(8) << 20;
-  if (bytes < kLarge) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin,
-          MADV_HUGEPAGE);  // advice: no matter if it is not taken
-#endif
-}
-
 namespace {
 
-// Memory that starts at a cache line; not initialised.
+// n values.
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n)
-      : memory_(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) / 64 + 1) * 64))) {
-    if (!memory_) throw std::bad_alloc();
-    advise_huge_pages(memory_.get(), n * sizeof(T));
-  }
-  operator T*() const { return memory_.get(); }
+  explicit Buffer(int64_t n) : memory_(n * sizeof(T)) {}
+  operator T*() const { return static_cast<T*>(memory_.get()); }
 
  private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
+  Memory memory_;
 };
 
 // Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it
@@ -128,6 +107,7 @@ class Plan {
                 end,
                 0,
                 0,
+                0,
                 {by_start_.data() + begin * z.K, start_begin, by_end_.data() + begin * z.K, end_begin,
                  first_row_.data()}};
     for (int64_t b = begin; b < end; ++b) {
@@ -139,6 +119,7 @@ class Plan {
     for (int64_t v = begin * z.K; v < end * z.K; ++v) {
       ++end_begin[s.ends[v] + 1];
       if (!runs(v)) continue;
+      share.reach = std::max(share.reach, s.swaps[2 * v + 1] - s.swaps[2 * v]);
       ++start_begin[s.swaps[2 * v] + 1];
       ++rows[s.swaps[2 * v]];
       --rows[s.ends[v] + 1];

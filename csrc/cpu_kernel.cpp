@@ -116,12 +116,16 @@ struct Constant {
   static constexpr bool value = kValue;
 };
 
-// Rows of values for the steps t of sequences b.
+// Rows of values for the steps t of sequences b, of all steps (-1) or of the last few, whose numbers differ
+// in the bits of `steps`.
 template <class T>
 struct Rows {
   T* p;
   int64_t per_step, per_sequence, first;  // sequence
-  T* operator()(int64_t t, int64_t b) const { return p + t * per_step + (b - first) * per_sequence; }
+  int64_t steps = -1;
+  T* operator()(int64_t t, int64_t b) const {
+    return p + (t & steps) * per_step + (b - first) * per_sequence;
+  }
 };
 
 // Where things lie; Call is Forward<T> or Backward<T>, and Value what its pointers to states, gates and spans
@@ -212,22 +216,41 @@ struct Pass {
     if (bias) copy(n, bias, to);
   }
 
-  // Projected inputs of a share, and what projecting takes.
+  // Rows that are collected before they are multiplied: enough for whole panels, and for the sums of dW, all
+  // of which is read and written each time, but few enough to stay in the cache.
+  static constexpr int64_t kCollected = 128;
+
+  // Steps whose inputs are projected together; a power of two.
+  static int64_t together(const Share& share) {
+    int64_t steps = 1;
+    while (steps * (share.end - share.begin) < kCollected) steps *= 2;
+    return steps;
+  }
+
+  // Steps of which projected inputs, or their gradients, are held: all, or the least power of two that has
+  // room for what a step reads, share.reach steps to either side, and for what is projected together.
+  static int64_t held(const Share& share) {
+    int64_t steps = together(share);
+    while (steps < together(share) + 2 * share.reach) steps *= 2;
+    return steps < share.steps ? steps : share.steps;
+  }
+
   static int64_t projected_values(const Sizes& z, const Share& share) {
-    return z.I ? share.steps * (share.end - share.begin) * stride<T>(G * z.H) : 0;
+    return z.I ? held(share) * (share.end - share.begin) * stride<T>(G * z.H) : 0;
   }
 
   static Rows<T> projected_rows(const Sizes& z, const Share& share, T* p) {
-    const int64_t width = stride<T>(G * z.H);
-    return {p, (share.end - share.begin) * width, width, share.begin};
+    const int64_t width = stride<T>(G * z.H), steps = held(share);
+    return {p, (share.end - share.begin) * width, width, share.begin, steps < share.steps ? steps - 1 : -1};
   }
 
-  // Calls body(n, t, b) for panels of n steps t[r] of sequences b[r] that are inside their sequences.
+  // Calls body(n, t, b) for panels of n steps t[r] of sequences b[r], from `first` to before `last`, that are
+  // inside their sequences.
   template <class F>
-  static void each_input_panel(const In& in, const Share& share, F body) {
+  static void each_input_panel(const In& in, const Share& share, int64_t first, int64_t last, F body) {
     int64_t steps[kTileRows], sequences[kTileRows];
     int n = 0;
-    for (int64_t t = 0; t < share.steps; ++t)
+    for (int64_t t = first; t < last; ++t)
       for (int64_t b = share.begin; b < share.end; ++b) {
         if (t >= in.swaps.lengths[b]) continue;
         steps[n] = t;
@@ -239,21 +262,53 @@ struct Pass {
     if (n) body(n, steps, sequences);
   }
 
-  // The inputs as the gates read them: x itself, or where the weights are given W_ih x + b_ih in `values`.
-  static Rows<const T> inputs(const In& in, const Share& share, const Columns<Word>& w_ih, T* bias,
-                              Word* words, T* values) {
-    const int64_t B = in.size.B, I = in.size.I, width = G * in.size.H;
-    if (!I) return {in.x, B * width, width, 0};
-    const Rows<T> rows = projected_rows(in.size, share, values);
-    pad(width, in.b_ih, bias);
-    each_input_panel(in, share, [&](int n, const int64_t* t, const int64_t* b) {
-      Panel<T, P> panel;
-      for (int r = 0; r < n; ++r)
-        panel.add(P::row(I, in.x + (t[r] * B + b[r]) * I, words + r * stride<T>(I)), bias, rows(t[r], b[r]));
-      panel.multiply(vectors<T>(width), P::words(I), 1, w_ih);
-    });
-    return {rows.p, rows.per_step, rows.per_sequence, rows.first};
-  }
+  // The inputs as the gates read them: x itself, or where the weights are given W_ih x + b_ih, projected when
+  // they are needed.
+  class Projection {
+   public:
+    // `start` is the first step that is asked for; values, bias and words are memory to work in
+    Projection(const In& in, const Share& share, const Columns<Word>& w_ih, int64_t start, T* values, T* bias,
+               Word* words)
+        : in_(in), share_(share), w_ih_(w_ih), bias_(bias), words_(words), begin_(start), end_(start) {
+      const int64_t width = G * in.size.H;
+      rows_ = in.size.I ? projected_rows(in.size, share, values)
+                        : Rows<T>{const_cast<T*>(in.x), in.size.B * width, width, 0};
+      if (in.size.I) pad(width, in.b_ih, bias);
+    }
+
+    // From now on, what a step t reads is there.
+    void need(int64_t t) {
+      if (!in_.size.I) return;
+      const int64_t steps = together(share_), last = t + share_.reach + 1, first = t - share_.reach;
+      for (; end_ < share_.steps && end_ < last; end_ = (end_ / steps + 1) * steps) project(end_);
+      for (; begin_ > 0 && begin_ > first; begin_ = (begin_ - 1) / steps * steps)
+        project((begin_ - 1) / steps * steps);
+    }
+
+    const T* operator()(int64_t t, int64_t b) const { return rows_(t, b); }
+
+   private:
+    // the steps that are projected together from this one on
+    void project(int64_t first) {
+      const int64_t B = in_.size.B, I = in_.size.I, last = first + together(share_);
+      each_input_panel(in_, share_, first, last < share_.steps ? last : share_.steps,
+                       [&](int n, const int64_t* t, const int64_t* b) {
+                         Panel<T, P> panel;
+                         for (int r = 0; r < n; ++r)
+                           panel.add(P::row(I, in_.x + (t[r] * B + b[r]) * I, words_ + r * stride<T>(I)),
+                                     bias_, rows_(t[r], b[r]));
+                         panel.multiply(vectors<T>(G * in_.size.H), P::words(I), 1, w_ih_);
+                       });
+    }
+
+    const In& in_;
+    const Share& share_;
+    Columns<Word> w_ih_;
+    T* bias_;
+    Word* words_;
+    Rows<T> rows_;
+    int64_t begin_, end_;
+  };
 
   // ---------------------------------------------------------------- forward
 
@@ -266,7 +321,7 @@ struct Pass {
   static Workspace forward_workspace(const Forward<T>& f, const Share& share) {
     const Sizes& z = f.size;
     return {
-        (1 + kTileRows) * stride<T>(G * z.H) + row_words(z.H > z.I ? z.H : z.I) + projected_values(z, share),
+        (2 + kTileRows) * stride<T>(G * z.H) + row_words(z.H > z.I ? z.H : z.I) + projected_values(z, share),
         0, share.end - share.begin + share.rows};
   }
 
@@ -276,16 +331,17 @@ struct Pass {
     const int64_t H = at.H, I = f.size.I, width = stride<T>(G * H);
     const Weights w = weights(f.size, false, packed);
     T* bias = scratch.values;
-    T* u = bias + width;  // (kTileRows, G*H)
+    T* u = bias + 2 * width;  // (kTileRows, G*H)
     Word* words = reinterpret_cast<Word*>(u + kTileRows * width);
     T* projected = u + kTileRows * width + row_words(H > I ? H : I);
-    const Rows<const T> x = inputs(f, share, w.w_ih, bias, words, projected);
+    Projection x(f, share, w.w_ih, 0, projected, bias + width, words);
     int64_t* sequences = scratch.numbers;
     int64_t* running = sequences + (share.end - share.begin);
     int64_t n_running = 0;
     pad(G * H, f.b_hh, bias);
 
     for (int64_t t = 0; t < share.steps; ++t) {
+      x.need(t);
       int64_t n_sequences = 0;
       for (int64_t b = share.begin; b < share.end; ++b)
         if (t < f.swaps.lengths[b]) sequences[n_sequences++] = b;
@@ -406,20 +462,22 @@ struct Pass {
     if (g.recompute) pack_weights(g, false, part, parts, packed + weights(g.size, true, packed).values());
   }
 
-  // Rows that are collected before they are added to dW: each time, all of dW is read and written. No step
-  // has more than half as many: its originals and its running variants are at most share.rows each.
-  static int64_t collected(const Share& share) { return share.rows > 64 ? 2 * share.rows : 128; }
+  // Rows that are collected before they are added to dW. No step has more than half as many: its originals
+  // and its running variants are at most share.rows each.
+  static int64_t collected(const Share& share) {
+    return 2 * share.rows > kCollected ? 2 * share.rows : kCollected;
+  }
 
   // Where a share's scratch memory goes in the backward.
   struct Space {
     Sums hh, ih;  // first: reduce() reads them
-    T *ds_sequences, *ds_slots, *du, *before, *dx_row, *again, *bias, *dx_proj, *projected;
+    T *ds_sequences, *ds_slots, *du, *before, *inputs, *dx_row, *again, *bias, *dx_proj, *projected;
     Word* words;
     int64_t values, zeroed;
     Space(const Backward<T>& g, const Share& share, T* p) {
       const Sizes& z = g.size;
       const int64_t n = share.end - share.begin, width = stride<T>(G * z.H), states = S * stride<T>(z.H),
-                    widest = stride<T>(z.H > z.I ? z.H : z.I);
+                    i_stride = z.I ? stride<T>(z.I) : 0, widest = stride<T>(z.H > z.I ? z.H : z.I);
       T* at = p;
       const auto take = [&](int64_t count) {
         T* const here = at;
@@ -430,15 +488,16 @@ struct Pass {
       ih = sums(z, z.I, take(z.I ? sums(z, z.I, p).values() : 0));
       ds_sequences = take(n * states);       // (sequences, S, H)
       ds_slots = take(share.rows * states);  // (rows, S, H), one for each running variant
-      before = take(collected(share) * widest);
+      before = take(collected(share) * stride<T>(z.H));
+      inputs = take((collected(share) + 1) * i_stride);  // and a row that stays zero
       zeroed = at - p;
       du = take(collected(share) * width);
-      dx_row = take(z.I ? kTileRows * stride<T>(z.I) : 0);
+      dx_row = take(kTileRows * i_stride);
       words = reinterpret_cast<Word*>(
           take(P::converts ? collected(share) / 2 * (width + widest) + row_words(G * z.H) : 0));
       // recomputed: W_hh h + b_hh of all rows of a step, and one row of states and gates
       again = take(g.recompute ? share.rows * width + (S + Cell::saved) * stride<T>(z.H) : 0);
-      bias = take(g.recompute ? width : 0);
+      bias = take(2 * width);
       dx_proj = take(projected_values(z, share));
       projected = take(g.recompute ? projected_values(z, share) : 0);
       values = at - p;
@@ -448,7 +507,7 @@ struct Pass {
   static Workspace backward_workspace(const Backward<T>& g, const Share& share) {
     const int64_t sequences = share.end - share.begin;
     return {Space(g, share, nullptr).values, 2 * share.rows,
-            sequences + 3 * share.rows + share.steps * sequences};
+            sequences + 3 * share.rows + (g.size.I ? held(share) : share.steps) * sequences};
   }
 
   static void backward(const Backward<T>& g, const Share& share, const T* packed, const Scratch<T>& scratch) {
@@ -465,15 +524,17 @@ struct Pass {
     int64_t* running = row_of + n_shared;
     int64_t* slot_of = running + share.rows;
     int64_t* free_slots = slot_of + share.rows;
-    int64_t* written = free_slots + share.rows;  // (T, sequences): has this row of dx_proj a value?
+    int64_t* written = free_slots + share.rows;  // as rows of dx_proj: have they a value?
     int64_t n_running = 0, n_free = share.rows, n_collected = 0;
     for (int64_t n = 0; n < share.rows; ++n) free_slots[n] = n;
-    for (int64_t n = 0; n < share.steps * n_shared; ++n) written[n] = 0;
 
     const bool projects = g.size.I, wants_dx = g.dx || g.dw_ih || g.db_ih;
     const Rows<T> dx_proj =
         projects ? projected_rows(g.size, share, space.dx_proj) : Rows<T>{g.dx, B * G * H, G * H, 0};
-    const Again again(g, at, share, packed, space);
+    const Rows<int64_t> has_value{written, n_shared, 1, share.begin, dx_proj.steps};
+    for (int64_t n = 0; n < (projects ? held(share) : share.steps) * n_shared; ++n) written[n] = 0;
+    int64_t n_projected = share.steps;  // first step whose inputs' gradients have gone on to x and W_ih
+    Again again(g, at, share, packed, space);
 
     for (int64_t t = share.steps - 1; t >= 0; --t) {
       const int64_t ending = share.schedule.end_begin[t + 1] - share.schedule.end_begin[t];
@@ -513,11 +574,10 @@ struct Pass {
       const auto step_backward = [&](auto adds, int64_t source, int64_t b, int64_t row, const T* const* s,
                                      const T* const* next, const T* gates, T* const* ds_next, T* du,
                                      T* const* ds) {
-        int64_t& has_value = written[source * n_shared + b - share.begin];
         step_backward_row<Cell, decltype(adds)::value>(
             H, ds_next, s, next, g.recompute ? again.gates(source, b, row, s) : gates,
-            wants_dx ? dx_proj(source, b) : nullptr, has_value, du, ds);
-        has_value = true;
+            wants_dx ? dx_proj(source, b) : nullptr, *has_value(source, b), du, ds);
+        *has_value(source, b) = true;
       };
       const T* s[S];
       const T* next[S];
@@ -570,13 +630,21 @@ struct Pass {
         panel.multiply(vectors<T>(H), P::words(G * H), 1, w.w_hh);
       });
       n_collected += rows;
+
+      // no step before t reads the inputs of t + share.reach or of one behind it
+      for (int64_t first; projects && n_projected > 0; n_projected = first) {
+        first = (n_projected - 1) / together(share) * together(share);
+        if (t > 0 && first < t + share.reach) break;
+        if (wants_dx) project_backward(g, share, w.w_ih, dx_proj, first, n_projected, space);
+        for (int64_t s = first; s < n_projected; ++s)
+          for (int64_t b = share.begin; b < share.end; ++b) *has_value(s, b) = false;
+      }
     }
     add_products(space.hh, n_collected, space.du, space.before, space.words);
 
-    for (int64_t b = share.begin; b < share.end; ++b)
-      for (int64_t t = g.swaps.lengths[b]; t < (projects ? share.steps : g.size.T); ++t)
-        if (wants_dx) zero(G * H, dx_proj(t, b));
-    if (projects) project_backward(g, share, w.w_ih, dx_proj, space);
+    const int64_t features = projects ? g.size.I : G * H;
+    for (int64_t b = share.begin; g.dx && b < share.end; ++b)
+      for (int64_t t = g.swaps.lengths[b]; t < g.size.T; ++t) zero(features, g.dx + (t * B + b) * features);
     for (int k = 0; k < S; ++k)
       if (g.d_start[k])
         for (int64_t n = 0; n < n_shared; ++n)
@@ -590,7 +658,7 @@ struct Pass {
     const Share& share;
     const Space& space;
     Weights w;
-    Rows<const T> x;
+    Projection x;
 
     Again(const Backward<T>& g, const BackwardLayout& at, const Share& share, const T* packed,
           const Space& space)
@@ -599,14 +667,14 @@ struct Pass {
           share(share),
           space(space),
           w(weights(g.size, false, packed + weights(g.size, true, packed).values())),
-          x{} {
-      if (!g.recompute) return;
-      x = inputs(g, share, w.w_ih, space.bias, space.words, space.projected);
+          x(g, share, w.w_ih, share.steps, space.projected, space.bias + stride<T>(G * g.size.H),
+            space.words) {
       pad(G * g.size.H, g.b_hh, space.bias);
     }
 
     // W_hh h + b_hh of the step's rows: the originals and those running variants that started before
-    void products(int64_t t, const int64_t* running, int64_t n_running) const {
+    void products(int64_t t, const int64_t* running, int64_t n_running) {
+      x.need(t);
       const int64_t H = at.H, u_stride = stride<T>(G * H);
       Panel<T, P> panel;
       int64_t row = 0;
@@ -687,38 +755,35 @@ struct Pass {
     }
   }
 
-  // From the gradient of the projected inputs to those of the inputs, W_ih and b_ih.
+  // From the gradient of the projected inputs of the steps from `begin` to before `end`, which lie behind
+  // each other, to those of the inputs, W_ih and b_ih.
   static void project_backward(const Backward<T>& g, const Share& share, const Columns<Word>& w_ih,
-                               const Rows<T>& dx_proj, const Space& space) {
+                               const Rows<T>& dx_proj, int64_t begin, int64_t end, const Space& space) {
     const int64_t B = g.size.B, I = g.size.I, width = G * g.size.H, i_stride = stride<T>(I);
-    const int64_t n_shared = share.end - share.begin, n_rows = share.steps * n_shared;
-    if (g.dw_ih || g.db_ih) {
-      zero(collected(share) * i_stride, space.before);
-      for (int64_t first = 0; first < n_rows; first += collected(share)) {
-        const int64_t n = n_rows - first < collected(share) ? n_rows - first : collected(share);
-        for (int64_t r = 0; r < n; ++r) {
-          const int64_t t = (first + r) / n_shared, b = share.begin + (first + r) % n_shared;
-          // not from beyond the sequence: what padding holds might be no number
-          if (t < g.swaps.lengths[b])
-            copy(I, g.x + (t * B + b) * I, space.before + r * i_stride);
-          else
-            zero(I, space.before + r * i_stride);
-        }
-        add_products(space.ih, n, dx_proj.p + first * dx_proj.per_sequence, space.before, space.words);
+    const int64_t n_shared = share.end - share.begin, n_rows = (end - begin) * n_shared;
+    for (int64_t first = 0; (g.dw_ih || g.db_ih) && first < n_rows; first += collected(share)) {
+      const int64_t n = n_rows - first < collected(share) ? n_rows - first : collected(share);
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t t = begin + (first + r) / n_shared, b = share.begin + (first + r) % n_shared;
+        // not from beyond the sequence: what padding holds might be no number
+        const bool inside = t < g.swaps.lengths[b];
+        copy(I, inside ? g.x + (t * B + b) * I : space.inputs + collected(share) * i_stride,
+             space.inputs + r * i_stride);
+        if (!inside) zero(width, dx_proj(t, b));
       }
+      const T* dx = dx_proj(begin, share.begin) + first * dx_proj.per_sequence;
+      add_products(space.ih, n, dx, space.inputs, space.words);
     }
     if (!g.dx) return;
-    zero(i_stride, space.before);
-    each_input_panel(g, share, [&](int n, const int64_t* t, const int64_t* b) {
+    const T* none = space.inputs + collected(share) * i_stride;
+    each_input_panel(g, share, begin, end, [&](int n, const int64_t* t, const int64_t* b) {
       Panel<T, P> panel;
       for (int r = 0; r < n; ++r)
-        panel.add(P::row(width, dx_proj(t[r], b[r]), space.words + r * stride<T>(width)), space.before,
+        panel.add(P::row(width, dx_proj(t[r], b[r]), space.words + r * stride<T>(width)), none,
                   space.dx_row + r * i_stride);
       panel.multiply(vectors<T>(I), P::words(width), 1, w_ih);
       for (int r = 0; r < n; ++r) copy(I, panel.out[r], g.dx + (t[r] * B + b[r]) * I);
     });
-    for (int64_t b = share.begin; b < share.end; ++b)
-      for (int64_t t = g.swaps.lengths[b]; t < g.size.T; ++t) zero(I, g.dx + (t * B + b) * I);
   }
 
   static void reduce(const Backward<T>& g, const T* const* shares, int n_shares, int part, int parts) {

@@ -79,6 +79,7 @@ struct Share {
   int64_t begin, end;  // sequences
   int64_t steps;       // longest of them
   int64_t rows;        // most rows, originals and running variants, that any step has a product for
+  int64_t reach;       // most steps between the positions of a variant
   Schedule schedule;   // of this share's variants alone
 };
 
@@ -135,10 +136,6 @@ extern const Kernels<double> kAvx512F64[kCells];
 // Those that this machine has, the best first, and the one in use.
 std::vector<const InstructionSet*> instruction_sets();
 const InstructionSet*& instruction_set();
-
-// Asks for huge pages behind large memory that has not been touched yet: each fault of a small page takes as
-// long as computing a few rows.
-void advise_huge_pages(void* p, size_t bytes);
 
 // Runs a pass, or its gradient, on `threads` threads.
 template <class T>

@@ -102,7 +102,8 @@ def _outputs(
     wide = torch.promote_types(x.dtype, torch.float32)
     *shapes, gates, spans = _shapes(cell, backend, recompute, x, h0, swaps, span_rows, train)
     states = [x.new_empty(shape, dtype=wide) for shape in shapes]
-    return (*states, x.new_empty(gates), x.new_empty(spans, dtype=wide)), inputs
+    from sire_fast.backends import cpu
+    return (*states, cpu.empty(gates, x.dtype), cpu.empty(spans, wide)), inputs
 
 
 def _run(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:

@@ -91,6 +91,23 @@ def test_long_sequences_of_many_rows(cell: str, backend: str) -> None:
     assert_as_good_as_reference(cell, make(case), torch.float32, backend)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("width", "compare"), [(1, "swap"), (3, "end"), (None, "end")])
+def test_projections_of_as_many_steps_as_swaps_reach(
+    width: int | None, compare: str, recompute: bool, cell: str
+) -> None:
+    """The projected inputs of a few steps, and their gradients, take the place of those that no step reads any more."""
+    case = Case(cell, 60, 33, 5, 2 if width else 0, True, True, compare, inputs=3, recompute=recompute)
+    arguments = make(case)
+    if width:
+        arguments["swaps"] = swaps.Window(2, width)(arguments["lengths"], 33)
+        arguments["ends"] = arguments["swaps"][..., 1].contiguous() if compare == "swap" else None
+    truth, ours = run(cell, arguments, "reference"), run(cell, arguments, "cpu")
+    for name, value in ours.items():
+        assert error(value, truth[name]) < 1e-12, name
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_more_variants_than_a_warp_has_lanes(backend: str) -> None:
     """Those that have read an input are looked for 32 at a time."""
@@ -102,7 +119,7 @@ def test_more_variants_than_a_warp_has_lanes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # NumPy's, of exp
 def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -> None:

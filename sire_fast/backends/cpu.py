@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -85,13 +86,19 @@ def kept(
     return (steps, batch, saved * hidden if train else 0), (span_rows, (CELLS[cell].states + saved) * hidden)
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that is not filled, in memory that goes back to the extension, for the next call, if it is large."""
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_C.Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+
+
 def forward(
     cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
 ) -> None:
     x, *_, swaps, ends, lengths = inputs
     _check_rows(x, swaps, ends, lengths, outputs[-1] if train else None)
-    for large in outputs[-2:]:  # gates and spans
-        _C.advise_huge_pages(large.data_ptr(), large.nbytes)
     threads = torch.get_num_threads()
     _C.forward(cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs))
 

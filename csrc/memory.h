@@ -1,0 +1,103 @@
+// Memory that a call works in, and the large part of what it keeps for its gradient.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace sire_fast {
+
+// Not initialised; starts at a cache line. Large memory is kept when it is given back, for the next call:
+// each of its pages costs as much time when it is new as a few rows take to compute. The system may have it
+// when it runs short.
+class Memory {
+ public:
+  explicit Memory(size_t bytes) : block_(bytes < kLarge ? small(bytes) : large(bytes)) {}
+  ~Memory() {
+    if (block_.bytes < kLarge)
+      std::free(block_.p);
+    else
+      give(block_);
+  }
+  Memory(Memory&& other) noexcept : block_(other.block_) { other.block_ = {}; }
+  Memory(const Memory&) = delete;
+
+  void* get() const { return block_.p; }
+  size_t bytes() const { return block_.bytes; }
+
+ private:
+  struct Block {
+    void* p = nullptr;
+    size_t bytes = 0;
+    int64_t given = 0;  // number of the call of large() before which it was given back
+  };
+
+  struct Pool {
+    std::mutex mutex;
+    std::vector<Block> free;
+    int64_t taken = 0;
+  };
+
+  static constexpr size_t kLarge = size_t(8) << 20, kLine = 64;
+  static constexpr int64_t kUnused = 64;  // calls of large() after which a block goes back to the system
+
+  static Pool& pool() {
+    static Pool& pool = *new Pool;  // outlives what other libraries hold at exit
+    return pool;
+  }
+
+  static Block small(size_t bytes) {
+    void* p = std::aligned_alloc(kLine, (bytes / kLine + 1) * kLine);
+    if (!p) throw std::bad_alloc();
+    return {p, bytes};
+  }
+
+  // The smallest free block that fits, and is not more than twice as large, or a new one.
+  static Block large(size_t bytes) {
+    Pool& at = pool();
+    {
+      const std::lock_guard<std::mutex> lock(at.mutex);
+      ++at.taken;
+      const auto old = std::partition(at.free.begin(), at.free.end(),
+                                      [&](const Block& b) { return at.taken - b.given < kUnused; });
+      for (auto b = old; b != at.free.end(); ++b) munmap(b->p, b->bytes);
+      at.free.erase(old, at.free.end());
+      auto best = at.free.end();
+      for (auto b = at.free.begin(); b != at.free.end(); ++b)
+        if (bytes <= b->bytes && b->bytes / 2 <= bytes && (best == at.free.end() || b->bytes < best->bytes))
+          best = b;
+      if (best != at.free.end()) {
+        const Block found = *best;
+        at.free.erase(best);
+        return found;
+      }
+    }
+    const size_t rounded =
+        (bytes + bytes / 8) / kPage * kPage + kPage;  // the next call may want a little more
+    void* p = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(p, rounded, MADV_HUGEPAGE);  // advice: no matter if it is not taken
+#endif
+    return {p, rounded};
+  }
+
+  static void give(Block block) {
+#ifdef MADV_FREE
+    madvise(block.p, block.bytes, MADV_FREE);
+#endif
+    Pool& at = pool();
+    const std::lock_guard<std::mutex> lock(at.mutex);
+    block.given = at.taken;
+    at.free.push_back(block);
+  }
+
+  static constexpr size_t kPage = size_t(2) << 20;
+  Block block_;
+};
+
+}  // namespace sire_fast
