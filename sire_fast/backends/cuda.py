@@ -153,7 +153,7 @@ def kept(
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
     gpu.check(train, inputs, outputs[-1])
     x, w_ih, b_ih, *others = inputs
@@ -168,9 +168,9 @@ def _forward(
     cell: str,
     x_proj: Tensor,
     others: Sequence[Any],
-    tracks: tuple[Tensor, Tensor],
-    last: tuple[Tensor, Tensor],
-    ended: tuple[Tensor, Tensor],
+    tracks: tuple[Tensor, Tensor | None],
+    last: tuple[Tensor, Tensor | None],
+    ended: tuple[Tensor, Tensor | None],
     penalty: Tensor,
     gates: Tensor | None,
     spans: Tensor | None,
