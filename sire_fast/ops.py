@@ -330,7 +330,7 @@ def _each(call: Callable[..., Any], info: Any, in_dims: tuple, arguments: tuple)
 def _differentiable(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     _check(cell, backend, arithmetic, *arguments[:-2])
     outputs = _SwapRNN.apply(cell, backend, arithmetic, recompute, *arguments)
-    return _full(outputs, outputs[0].detach())
+    return _full(outputs, outputs[0])
 
 
 def _gradients(
