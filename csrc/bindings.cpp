@@ -1,6 +1,7 @@
 // The Python module sire_fast._C: numbers and addresses in, one of the entry points of swap_rnn.h called.
 #include "bindings.h"
 
+#include <limits>
 #include <tuple>
 
 #include "memory.h"
@@ -29,46 +30,6 @@ void read_inputs(Inputs<T>& to, const SizeTuple& size, bool recompute, Reader& n
   if (to.size.K) require(to.swaps.swaps, to.swaps.ends);
 }
 
-template <class T>
-void run_forward(const Kernels<T>& kernels, int threads, bool train, bool recompute, const SizeTuple& size,
-                 const Addresses& inputs, const Addresses& outputs) {
-  Forward<T> f{};
-  Reader next(inputs), next_output(outputs);
-  read_inputs(f, size, recompute, next);
-  f.train = train;
-  next_output(f.states[0], f.last[0], f.last[1], f.variants[0], f.penalty, f.states[1], f.variants[1],
-              f.gates, f.spans);
-  require(f.states[0], f.last[0]);
-  forward(kernels, f, threads);
-}
-
-template <class T>
-void run_backward(const Kernels<T>& kernels, int threads, bool recompute, const SizeTuple& size,
-                  const Addresses& inputs, const Addresses& outputs) {
-  Backward<T> g{};
-  Reader next(inputs), next_output(outputs);
-  next(g.d_states[0], g.d_last[0], g.d_last[1], g.d_variants[0], g.d_penalty, g.d_states[1], g.d_variants[1]);
-  read_inputs(g, size, recompute, next);
-  next(g.states[0], g.states[1], g.gates, g.spans);
-  require(g.states[0]);
-  next_output(g.dx, g.dw_ih, g.db_ih, g.dw_hh, g.db_hh, g.d_start[0], g.d_start[1]);
-  backward(kernels, g, threads);
-}
-
-static_assert(sizeof kCellNames / sizeof *kCellNames == kCells);
-
-// Calls run(kernels) with those for arithmetic in "float32", "float64", or "bfloat16": products of bfloat16.
-template <class F>
-void with_kernels(const std::string& cell, const std::string& arithmetic, const F& run) {
-  const InstructionSet& set = *instruction_set();
-  const int number = cell_number(cell);
-  py::gil_scoped_release unlocked;
-  if (arithmetic == "float64")
-    run(set.f64[number]);
-  else
-    run((arithmetic == "bfloat16" ? set.bf16 : set.f32)[number]);
-}
-
 // Rows of `spans`, (S + N)*H values each, that a call needs; -1 if a length, a swap or an end is outside its
 // sequence.
 int64_t span_rows(int64_t T, int64_t B, int64_t K, const Swaps& s) {
@@ -83,6 +44,59 @@ int64_t span_rows(int64_t T, int64_t B, int64_t K, const Swaps& s) {
     }
   }
   return rows;
+}
+
+// Whether all positions are inside their sequences. Throws where there are fewer than the rows of `spans`
+// that they need.
+bool fits(const Sizes& z, const Swaps& s, int64_t rows) {
+  const int64_t needed = span_rows(z.T, z.B, z.K, s);
+  if (needed > rows)
+    throw py::value_error("span_rows: expected at least " + std::to_string(needed) + ", got " +
+                          std::to_string(rows));
+  return needed >= 0;
+}
+
+template <class T>
+bool run_forward(const Kernels<T>& kernels, int threads, bool train, bool recompute, const SizeTuple& size,
+                 int64_t rows, const Addresses& inputs, const Addresses& outputs) {
+  Forward<T> f{};
+  Reader next(inputs), next_output(outputs);
+  read_inputs(f, size, recompute, next);
+  f.train = train;
+  next_output(f.states[0], f.last[0], f.last[1], f.variants[0], f.penalty, f.states[1], f.variants[1],
+              f.gates, f.spans);
+  require(f.states[0], f.last[0]);
+  if (!fits(f.size, f.swaps, train ? rows : std::numeric_limits<int64_t>::max())) return false;
+  forward(kernels, f, threads);
+  return true;
+}
+
+template <class T>
+bool run_backward(const Kernels<T>& kernels, int threads, bool recompute, const SizeTuple& size, int64_t rows,
+                  const Addresses& inputs, const Addresses& outputs) {
+  Backward<T> g{};
+  Reader next(inputs), next_output(outputs);
+  next(g.d_states[0], g.d_last[0], g.d_last[1], g.d_variants[0], g.d_penalty, g.d_states[1], g.d_variants[1]);
+  read_inputs(g, size, recompute, next);
+  next(g.states[0], g.states[1], g.gates, g.spans);
+  require(g.states[0]);
+  if (!fits(g.size, g.swaps, rows)) return false;
+  next_output(g.dx, g.dw_ih, g.db_ih, g.dw_hh, g.db_hh, g.d_start[0], g.d_start[1]);
+  backward(kernels, g, threads);
+  return true;
+}
+
+static_assert(sizeof kCellNames / sizeof *kCellNames == kCells);
+
+// Returns run(kernels), called with those for arithmetic in "float32", "float64", or "bfloat16": products of
+// bfloat16.
+template <class F>
+auto with_kernels(const std::string& cell, const std::string& arithmetic, const F& run) {
+  const InstructionSet& set = *instruction_set();
+  const int number = cell_number(cell);
+  py::gil_scoped_release unlocked;
+  if (arithmetic == "float64") return run(set.f64[number]);
+  return run((arithmetic == "bfloat16" ? set.bf16 : set.f32)[number]);
 }
 
 }  // namespace
@@ -112,6 +126,7 @@ PYBIND11_MODULE(_C, m) {
   });
   py::class_<Memory>(m, "Memory", py::buffer_protocol(), py::module_local())
       .def(py::init<size_t>())
+      .def_property_readonly_static("large", [](py::object) { return Memory::kLarge; })
       .def_buffer([](Memory& memory) {
         return py::buffer_info(static_cast<uint8_t*>(memory.get()), py::ssize_t(memory.bytes()));
       });
@@ -121,15 +136,19 @@ PYBIND11_MODULE(_C, m) {
     if (K) require(at(swaps), at(ends));
     return span_rows(T, B, K, {at(swaps), at(ends), at(lengths)});
   });
-  m.def("forward", [](const std::string& cell, const std::string& arithmetic, int threads, bool train,
-                      bool recompute, const SizeTuple& size, const Addresses& inputs,
-                      const Addresses& outputs) {
-    with_kernels(cell, arithmetic,
-                 [&](const auto& k) { run_forward(k, threads, train, recompute, size, inputs, outputs); });
-  });
-  m.def("backward", [](const std::string& cell, const std::string& arithmetic, int threads, bool recompute,
-                       const SizeTuple& size, const Addresses& inputs, const Addresses& outputs) {
-    with_kernels(cell, arithmetic,
-                 [&](const auto& k) { run_backward(k, threads, recompute, size, inputs, outputs); });
-  });
+  // Both return false, and have done nothing, where a position is outside its sequence.
+  m.def("forward",
+        [](const std::string& cell, const std::string& arithmetic, int threads, bool train, bool recompute,
+           const SizeTuple& size, int64_t rows, const Addresses& inputs, const Addresses& outputs) {
+          return with_kernels(cell, arithmetic, [&](const auto& k) {
+            return run_forward(k, threads, train, recompute, size, rows, inputs, outputs);
+          });
+        });
+  m.def("backward",
+        [](const std::string& cell, const std::string& arithmetic, int threads, bool recompute,
+           const SizeTuple& size, int64_t rows, const Addresses& inputs, const Addresses& outputs) {
+          return with_kernels(cell, arithmetic, [&](const auto& k) {
+            return run_backward(k, threads, recompute, size, rows, inputs, outputs);
+          });
+        });
 }

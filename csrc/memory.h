@@ -16,6 +16,8 @@ namespace sire_fast {
 // when it runs short.
 class Memory {
  public:
+  static constexpr size_t kLarge = size_t(8) << 20;
+
   explicit Memory(size_t bytes) : block_(bytes < kLarge ? small(bytes) : large(bytes)) {}
   ~Memory() {
     if (block_.bytes < kLarge)
@@ -42,7 +44,7 @@ class Memory {
     int64_t taken = 0;
   };
 
-  static constexpr size_t kLarge = size_t(8) << 20, kLine = 64;
+  static constexpr size_t kLine = 64, kPage = size_t(2) << 20;  // a huge page
   static constexpr int64_t kUnused = 64;  // calls of large() after which a block goes back to the system
 
   static Pool& pool() {
@@ -96,7 +98,6 @@ class Memory {
     at.free.push_back(block);
   }
 
-  static constexpr size_t kPage = size_t(2) << 20;
   Block block_;
 };
 

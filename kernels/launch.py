@@ -136,7 +136,7 @@ def _aligned_bytes(hidden: int, arithmetic: str) -> int:
     return _align(hidden) * {"float64": 8, "tf32x3": 4, "tf32": 4}.get(arithmetic, 2)
 
 
-def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
+def forward(cell: str, train: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Any]) -> None:
     """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths."""
     x, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = inputs
     output, h_n, c_n, variants, penalty, cells, variant_cells, gates, spans = outputs

@@ -77,15 +77,15 @@ def swap_rnn(
     Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
-    given = h0.dtype
-    x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
+    device, given = x_proj.device, h0.dtype
+    if torch.is_autocast_enabled(device.type):
+        x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(device, x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
     # under autocast on a CPU torch's GRU, which adds to its states, gives results of their dtype
-    wide = cell == "gru" and h0.device.type == "cpu"
-    dtype = torch.promote_types(given, h0.dtype) if wide else h0.dtype
+    dtype = torch.promote_types(given, h0.dtype) if cell == "gru" and device.type == "cpu" else h0.dtype
     reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if longest is not None and longest < 1:
         raise ValueError(f"longest: expected at least 1, got {longest}")
-    name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=x_proj.device, hidden_size=h0.shape[1])
+    name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=device, hidden_size=h0.shape[1])
     if name == "reference":
         found = reference.swap_rnn(
             cell, x_proj, w_hh, b_hh, h0, c0, swaps=swaps, ends=ends, lengths=lengths, w_ih=w_ih, b_ih=b_ih
@@ -98,10 +98,7 @@ def swap_rnn(
     )
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
     """Tensors as torch's autocast has them where it is on; float64 stays what it is, as it does there."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

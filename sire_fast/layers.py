@@ -192,8 +192,10 @@ class _SwapLayer(nn.RNNBase):
         tensors."""
         if isinstance(input, Tensor) and 0 in input.shape[:-1]:
             return True
+        if hx is None:
+            return False
         weight, states = self.weight_hh_l0, hx if isinstance(hx, (tuple, list)) else (hx,)
-        if self._two_states and hx is not None and len(states) != 2:
+        if self._two_states and len(states) != 2:
             return True
         fits = all(s is None or s.dtype == weight.dtype for s in states)
         return not fits and not torch.is_autocast_enabled(weight.device.type)
@@ -309,8 +311,9 @@ class _SwapLayer(nn.RNNBase):
 
 
 def _exporting() -> bool:
-    """Whether torch.jit.trace or torch.onnx looks on; torch.export keeps our operator, for any number of steps."""
-    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    """Whether torch.jit.trace or torch.onnx looks on, which uses it or torch.export; torch.export alone keeps our
+    operator, for any number of steps."""
+    return torch.jit.is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 def _refuse_if_forced(reasons: list[str]) -> None:

@@ -27,7 +27,7 @@ LIBRARY.define(
 LIBRARY.define(
     "swap_rnn_backward(str cell, str backend, str arithmetic, bool recompute, Tensor?[] grads, Tensor x, Tensor? w_ih,"
     " Tensor? b_ih, Tensor w_hh, Tensor? b_hh, Tensor h0, Tensor? c0, Tensor swaps, Tensor ends, Tensor lengths,"
-    " Tensor output, Tensor cells, Tensor gates, Tensor spans, bool[] needs)"
+    " Tensor output, Tensor? cells, Tensor gates, Tensor spans, bool[] needs)"
     " -> (Tensor dx, Tensor dw_ih, Tensor db_ih, Tensor dw_hh, Tensor db_hh, Tensor dh0, Tensor dc0)"
 )
 
@@ -66,7 +66,7 @@ def swap_rnn(
         call = torch.ops.sire_fast.swap_rnn.default
     *outputs, _, _ = call(cell, backend, arithmetic, recompute, *tensors, swaps, ends, lengths, rows, train)
     if outputs[0].dtype != result:  # but for the penalty: a mean of squares wants the digits
-        outputs = [t if n == _PENALTY else t.to(result) for n, t in enumerate(outputs)]
+        outputs = [t if t is None or n == _PENALTY else t.to(result) for n, t in enumerate(outputs)]
     output, h_n, c_n, variants, penalty, cells, variant_cells = outputs
     if CELLS[cell].states == 1:
         return SwapRNN(output, h_n, None, variants, penalty, None, None)
@@ -76,53 +76,62 @@ def swap_rnn(
 _PENALTY = SwapRNN._fields.index("penalty")
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
 def _unseen(*tensors: Tensor | None) -> bool:
     """Whether no trace, mode or wrapper of tensors wants to see the operators: without them a call is 60 us shorter."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return _PLAIN.issuperset(map(type, tensors))
 
 
 def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
     """Rows for the steps of all variants' spans, which the forward keeps: the largest number that there can be where
     the positions cannot be read, in a trace."""
-    if torch.compiler.is_compiling() or not all(map(reference.has_values, (swaps, ends, lengths))):
+    if not reference.has_values(swaps, ends, lengths):
         return swaps.shape[0] * swaps.shape[1] * (steps if longest is None else longest)
     return KERNELS[backend].span_rows(steps, swaps, ends, lengths, longest)
 
 
 def _outputs(
-    cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any
-) -> tuple[tuple[Tensor, ...], list[Tensor | None]]:
-    """The outputs of swap_rnn, not filled, those that a call does not have empty; and the inputs, x to lengths."""
+    empty: Callable[..., Tensor], cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any
+) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
+    """The outputs of swap_rnn, not filled, None for those that a call does not have; and the inputs, x to lengths.
+    What the backward keeps lies in memory from `empty`, see Backend."""
     *inputs, span_rows, train = arguments
     x, h0, swaps = inputs[0], inputs[5], inputs[7]
     wide = torch.promote_types(x.dtype, torch.float32)
     *shapes, gates, spans = _shapes(cell, backend, recompute, x, h0, swaps, span_rows, train)
-    states = [x.new_empty(shape, dtype=wide) for shape in shapes]
-    from sire_fast.backends import cpu
-    return (*states, cpu.empty(gates, x.dtype), cpu.empty(spans, wide)), inputs
+    states = [None if shape is None else x.new_empty(shape, dtype=wide) for shape in shapes]
+    return (*states, empty(x, gates, dtype=x.dtype), empty(x, spans, dtype=wide)), inputs
 
 
-def _run(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
-    """swap_rnn for inputs that have been checked."""
-    outputs, inputs = _outputs(cell, backend, arithmetic, recompute, *arguments)
-    KERNELS[backend].forward(cell, arithmetic, arguments[-1], recompute, _contiguous(inputs), outputs)
+def _full(tensors: Sequence[Tensor | None], like: Any) -> tuple[Tensor, ...]:
+    """As the operators return them, who know no None."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
+
+
+def _run(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
+    """swap_rnn for inputs that have been checked, None for outputs that a call does not have."""
+    kernels = KERNELS[backend]
+    outputs, inputs = _outputs(kernels.empty, cell, backend, arithmetic, recompute, *arguments)
+    kernels.forward(cell, arithmetic, arguments[-1], recompute, _contiguous(inputs), outputs)
     return outputs
 
 
 @torch.library.register_fake("sire_fast::swap_rnn")
 def _fake(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     _check(cell, backend, arithmetic, *arguments[:-2])
-    return _outputs(cell, backend, arithmetic, recompute, *arguments)[0]
+    outputs, _ = _outputs(Tensor.new_empty, cell, backend, arithmetic, recompute, *arguments)
+    return _full(outputs, outputs[0])
 
 
 @torch.library.impl("sire_fast::swap_rnn", "CompositeExplicitAutograd")
 def _forward(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     _check(cell, backend, arithmetic, *arguments[:-2])
-    return _run(cell, backend, arithmetic, recompute, *arguments)
+    outputs = _run(cell, backend, arithmetic, recompute, *arguments)
+    return _full(outputs, outputs[0])
 
 
 def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Any) -> None:
@@ -144,19 +153,19 @@ def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Any) ->
 
 def _shapes(
     cell: str, backend: str, recompute: bool, x: Tensor, h0: Tensor, swaps: Tensor, span_rows: int, train: bool
-) -> list[tuple[int, ...]]:
-    """Of the outputs of swap_rnn."""
+) -> list[tuple[int, ...] | None]:
+    """Of the outputs of swap_rnn, None for those that a call does not have."""
     steps, batch, _ = x.shape
     hidden, n_variants = h0.shape[1], swaps.shape[1]
     has_cell = CELLS[cell].states == 2
     return [
         (steps, batch, hidden),
         (batch, hidden),
-        (batch, hidden) if has_cell else (0,),
+        (batch, hidden) if has_cell else None,
         (batch, n_variants, hidden),
         (batch, n_variants),
-        (steps, batch, hidden) if has_cell else (0,),
-        (batch, n_variants, hidden) if has_cell else (0,),
+        (steps, batch, hidden) if has_cell else None,
+        (batch, n_variants, hidden) if has_cell else None,
         *KERNELS[backend].kept(cell, steps, batch, hidden, span_rows, train, recompute),
     ]
 
@@ -186,7 +195,7 @@ class _SwapRNN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, ...]:
         outputs = _below_autograd(*arguments)
         _keep(ctx, arguments, outputs)
         return outputs
@@ -210,7 +219,7 @@ class _SwapRNN(torch.autograd.Function):
             computed = _run_backward(*arguments)
         else:
             computed = _call_backward(*arguments)
-        wanted = (gradient if need else None for gradient, need in zip(computed, needs, strict=True))
+        wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
         return *(None,) * first, *wanted, *(None,) * 5
 
     @staticmethod
@@ -218,14 +227,14 @@ class _SwapRNN(torch.autograd.Function):
         raise NotImplementedError(_ONCE)
 
 
-def _below_autograd(*arguments: Any) -> tuple[Tensor, ...]:
+def _below_autograd(*arguments: Any) -> tuple[Any, ...]:
     if _unseen(*arguments[_INPUTS]):
         return _run(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.sire_fast.swap_rnn.default(*arguments)
 
 
-def _keep(ctx: Any, arguments: tuple, outputs: tuple[Tensor, ...]) -> None:
+def _keep(ctx: Any, arguments: tuple, outputs: tuple[Any, ...]) -> None:
     """What the backward needs."""
     h, _, _, _, _, cells, _, gates, spans = outputs
     ctx.settings, ctx.watch = arguments[: _INPUTS.start], None
@@ -249,8 +258,12 @@ def _call_backward(cell: str, backend: str, arithmetic: str, recompute: bool, ne
 
 class _SwapRNNTransformed(_SwapRNN):
     # torch tells this form from the other by its setup_context
-    forward = staticmethod(_below_autograd)  # type: ignore[assignment]
     setup_context = staticmethod(_keep)  # type: ignore[assignment]
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        outputs = _below_autograd(*arguments)
+        return _full(outputs, outputs[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple[tuple[Tensor, ...], int]:
@@ -318,25 +331,25 @@ def _each(call: Callable[..., Any], info: Any, in_dims: tuple, arguments: tuple)
 @torch.library.impl("sire_fast::swap_rnn", "Autograd")
 def _differentiable(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     _check(cell, backend, arithmetic, *arguments[:-2])
-    return _SwapRNN.apply(cell, backend, arithmetic, recompute, *arguments)
+    outputs = _SwapRNN.apply(cell, backend, arithmetic, recompute, *arguments)
+    return _full(outputs, outputs[0])
 
 
 def _gradients(
     needs: Sequence[bool], x: Tensor, w_ih: Any, b_ih: Any, w_hh: Tensor, b_hh: Any, h0: Tensor
-) -> tuple[Tensor, ...]:
-    """The gradients, not filled; those that are not needed are empty."""
+) -> list[Tensor | None]:
+    """The gradients, not filled; None for those that are not needed."""
     width = w_hh.shape[0]
-    shapes = (x.shape, w_ih.shape if needs[1] else (), (width,), w_hh.shape, (width,), h0.shape, h0.shape)
-    return tuple(h0.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+    shapes = (x.shape, w_ih is not None and w_ih.shape, (width,), w_hh.shape, (width,), h0.shape, h0.shape)
+    return [h0.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
 
 
 def _run_backward(
     cell: str, backend: str, arithmetic: str, recompute: bool, needs: Sequence[bool], *tensors: Any
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     """swap_rnn_backward for gradients, and what follows them, that have been checked."""
     computed = _gradients(needs, *tensors[_DIFFERENTIABLE:][:6])
-    wanted = [gradient if need else None for gradient, need in zip(computed, needs, strict=True)]
-    KERNELS[backend].backward(cell, arithmetic, recompute, _contiguous(tensors), wanted)
+    KERNELS[backend].backward(cell, arithmetic, recompute, _contiguous(tensors), computed)
     return computed
 
 
@@ -347,7 +360,7 @@ def _check_backward(cell: str, backend: str, arithmetic: str, recompute: bool, g
     *outputs, of_gates, of_spans = _shapes(cell, backend, recompute, x, h0, swaps, spans.shape[0], True)
     expected = [*outputs, outputs[0], outputs[5], of_gates, of_spans]
     for tensor, shape in zip([*grads, h, cells, gates, spans], expected, strict=True):
-        if tensor is not None and tensor.shape != shape:
+        if tensor is not None and tensor.shape != (shape or (0,)):
             got = tuple(tensor.shape)
             raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of shape {shape}, got {got}")
 
@@ -358,7 +371,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     *kept, needs = arguments
     _check_backward(cell, backend, arithmetic, recompute, grads, *kept)
-    return _gradients(needs, *kept[:6])
+    return _full(_gradients(needs, *kept[:6]), kept[5])
 
 
 @torch.library.impl("sire_fast::swap_rnn_backward", "CompositeExplicitAutograd")
@@ -367,7 +380,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *kept, needs = arguments
     _check_backward(cell, backend, arithmetic, recompute, grads, *kept)
-    return _run_backward(cell, backend, arithmetic, recompute, needs, *grads, *kept)
+    return _full(_run_backward(cell, backend, arithmetic, recompute, needs, *grads, *kept), kept[5])
 
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

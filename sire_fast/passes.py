@@ -68,7 +68,8 @@ class Pairs(NamedTuple):
 
     def ends(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         """The step at which each variant is compared, (B, K)."""
-        return self.swaps[..., 1] if self.compare == "swap" else fill_defaults(x, self.swaps, None, lengths)[0]
+        ends = self.swaps[..., 1] if self.compare == "swap" else fill_defaults(x, self.swaps, None, lengths)[0]
+        return ends.contiguous()  # once, for a kernel and its backward
 
 
 class Compared(NamedTuple):
@@ -106,8 +107,8 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
         reasons.append(f"proj_size={network.weights[0][0][-1].shape[0]}: fused without a projection")
     if swapping and len(network.weights) > 1 and network.directions() > 1:
         reasons.append("num_layers > 1 with bidirectional=True: a swap changes every input of the second layer")
-    reasons += _why_no_kernel(network)
     call = network.call()
+    reasons += _why_no_kernel(call)
     if not reasons and batch is not None and not backends.forced() and call["device"].type == "cpu":
         reasons = cpu.slower_than_torch(
             cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"], batch=batch
@@ -115,8 +116,7 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
     return reasons
 
 
-def _why_no_kernel(network: Network) -> list[str]:
-    call = network.call()
+def _why_no_kernel(call: dict[str, Any]) -> list[str]:
     reasons = backends.why_no_kernel(**call)
     if reasons or backends.forced() or call["device"].type != "cuda":
         return reasons
@@ -126,7 +126,7 @@ def _why_no_kernel(network: Network) -> list[str]:
     if measured:
         return []
     serves = backends.choose("auto", **call)
-    return gpu.slower_than_torch(serves, cell=network.cell, dtype=call["dtype"], hidden_size=call["hidden_size"])
+    return gpu.slower_than_torch(serves, cell=call["cell"], dtype=call["dtype"], hidden_size=call["hidden_size"])
 
 
 def with_swaps(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs: Pairs) -> Result:
@@ -211,7 +211,7 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
     both = with_variants(x, pairs.swaps).flatten(1, 2)  # (T, B * (1 + K), I)
     states = tuple(s.repeat_interleave(rows, 1) for s in hx)
     lengths = None if lengths is None else lengths.repeat_interleave(rows)
-    on_kernels = not (network.projected or _why_no_kernel(network))
+    on_kernels = not (network.projected or _why_no_kernel(network.call()))
     y, last = plain(network, both, lengths, states, on_kernels, rows)
     y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
     final = tuple(s.unflatten(1, (batch, rows)) for s in last)

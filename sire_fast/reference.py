@@ -105,8 +105,11 @@ def with_variants(x: Tensor, swaps: Tensor) -> Tensor:
 def fill_defaults(x: Tensor, swaps: Tensor, ends: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """`ends` and `lengths` as tensors: variants run to the last step of sequences x, (T, B, ...), of full length by
     default."""
+    steps, batch = x.shape[:2]
+    if ends is None and lengths is None:
+        ends = x.new_full((batch, swaps.shape[1]), steps - 1, dtype=torch.int64)
     if lengths is None:
-        lengths = x.new_full((x.shape[1],), x.shape[0], dtype=torch.int64)
+        lengths = x.new_full((batch,), steps, dtype=torch.int64)
     if ends is None:
         ends = (lengths - 1)[:, None].expand(-1, swaps.shape[1])
     return ends, lengths
@@ -147,26 +150,27 @@ def check_arguments(
         raise ValueError(f"c0: expected {'a tensor' if c0 is None else 'None'} for {cell}, got the opposite")
     if swaps.dim() != 3 or swaps.shape[0] != batch or swaps.shape[2] != 2:
         raise ValueError(f"swaps: expected shape ({batch}, K, 2), got {tuple(swaps.shape)}")
-    numbers = {
-        "w_ih": (w_ih, (width, features)),
-        "b_ih": (b_ih, (width,)),
-        "w_hh": (w_hh, (width, hidden)),
-        "b_hh": (b_hh, (width,)),
-        "h0": (h0, (batch, hidden)),
-        "c0": (c0, (batch, hidden)),
-    }
-    positions = {"swaps": (swaps, swaps.shape), "ends": (ends, swaps.shape[:2]), "lengths": (lengths, (batch,))}
-    for expected, dtype in ((numbers, x_proj.dtype), (positions, torch.int64)):
-        for name, (tensor, shape) in expected.items():
-            if tensor is None:
-                continue
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
-            if tensor.dtype != dtype:
-                of_x = ", the dtype of x_proj" if expected is numbers else ""
-                raise ValueError(f"{name}: expected {dtype}{of_x}, got {tensor.dtype}")
-            if tensor.device != x_proj.device:
-                raise ValueError(f"{name}: expected on {x_proj.device}, the device of x_proj, got {tensor.device}")
+    dtype, device = x_proj.dtype, x_proj.device
+    for name, tensor, shape, wanted in (
+        ("w_ih", w_ih, (width, features), dtype),
+        ("b_ih", b_ih, (width,), dtype),
+        ("w_hh", w_hh, (width, hidden), dtype),
+        ("b_hh", b_hh, (width,), dtype),
+        ("h0", h0, (batch, hidden), dtype),
+        ("c0", c0, (batch, hidden), dtype),
+        ("swaps", swaps, swaps.shape, torch.int64),
+        ("ends", ends, swaps.shape[:2], torch.int64),
+        ("lengths", lengths, (batch,), torch.int64),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != wanted:
+            of_x = ", the dtype of x_proj" if wanted == dtype else ""
+            raise ValueError(f"{name}: expected {wanted}{of_x}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected on {device}, the device of x_proj, got {tensor.device}")
 
 
 def check_lengths(steps: int, batch: int, lengths: Tensor) -> None:
@@ -214,12 +218,12 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
             )
 
 
-def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor has values that can be read, and is no stand-in of a trace (a fake tensor, say) or of a
+def has_values(*tensors: Tensor) -> bool:
+    """Whether tensors have values that can be read, and none is a stand-in of a trace (a fake tensor, say) or of a
     transform of torch.func."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
 
 
 def _readable(positions: Tensor) -> bool:

@@ -42,7 +42,7 @@ class _Drawn(ABC):
         """Number of allowed pairs of each sequence, (B,)."""
 
     @abstractmethod
-    def _pair(self, index: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _pair(self, index: Tensor, lengths: Any) -> tuple[Tensor, Tensor]:
         """The pair (i, j), i < j, behind each number, (B, K)."""
 
     def __call__(
@@ -63,12 +63,16 @@ class _Drawn(ABC):
         Returns:
             Pairs of positions, (B, K, 2) int64, with 0 <= i <= j < length.
         """
-        count = self._count(lengths) if self._counts_numbers and isinstance(lengths, int) else None
-        lengths = _as_lengths(lengths, batch, device)
-        drawn_on = generator.device if generator is not None else lengths.device
+        number = self._counts_numbers and isinstance(lengths, int)
+        if not number:
+            lengths = _as_lengths(lengths, batch, device)
+            device = lengths.device
+        drawn_on = device if generator is None else generator.device
         uniform = torch.empty(batch, self.k, dtype=torch.float64, device=drawn_on).uniform_(generator=generator)
-        uniform = uniform.to(lengths.device)
-        if count is not None:
+        if generator is not None:
+            uniform = uniform.to(device or torch.get_default_device())
+        if number:
+            count = self._count(lengths)
             pairs = torch.stack(self._pair((uniform * count).long(), lengths), -1)
             return pairs if count > 0 else torch.zeros_like(pairs)
         counts = self._count(lengths)[:, None]
@@ -161,9 +165,11 @@ class Adjacent(_Drawn):
         """Draw the swaps of one pass; arguments and result as for the other samplers, K = max(T) - 1 for "all"."""
         if self.k != "all":
             return super().__call__(lengths, batch, generator, device)
-        longest = int(lengths.max()) if isinstance(lengths, Tensor) else lengths
+        if not isinstance(lengths, Tensor):
+            return _neighbours(lengths, device).repeat(batch, 1, 1)
+        longest = int(lengths.max())
         lengths = _as_lengths(lengths, batch, device)
-        pairs = torch.stack(self._pair(torch.arange(longest - 1, device=lengths.device), lengths), -1)
+        pairs = _neighbours(longest, lengths.device)
         return torch.where((pairs[:, 1] < lengths[:, None])[..., None], pairs, 0)
 
     def _count(self, lengths: Any) -> Any:
@@ -318,6 +324,11 @@ def _kept_constant(values: tuple, dtype: torch.dtype, device: torch.device) -> T
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+def _neighbours(n: int, device: torch.device | str | None) -> Tensor:
+    """(0, 1), (1, 2), ... among n positions, (n - 1, 2)."""
+    return torch.arange(n - 1, device=device)[:, None] + torch.arange(2, device=device)
+
+
 def _triangle(n: Any) -> Any:
     """Number of pairs i < j among n positions."""
     return n * (n - 1) // 2
@@ -325,6 +336,6 @@ def _triangle(n: Any) -> Any:
 
 def _triangle_pair(index: Tensor) -> tuple[Tensor, Tensor]:
     """The pair i < j behind a number, in the order (0, 1), (0, 2), (1, 2), (0, 3), ...: index = j (j - 1) / 2 + i."""
-    j = ((1 + (1 + 8 * index.double()).sqrt()) / 2).long()
-    j = torch.where(_triangle(j) > index, j - 1, j)  # the square root may round up to the next j
+    # the root is that of (j - 1/2)^2 for i = 0, which a double holds: for j up to 2^25 no rounding moves a pair
+    j = (2 * index.double() + 0.25).sqrt().add_(0.5).long()
     return index - _triangle(j), j

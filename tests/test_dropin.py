@@ -912,7 +912,7 @@ def test_the_operators_check_their_sizes() -> None:
     with pytest.raises(ValueError, match="null pointer"):
         _C.span_rows(5, 2, 1, 0, 0, 0)
     with pytest.raises(ValueError, match="null pointer"):
-        _C.forward("gru", "float32", 1, False, False, (5, 2, 0, 4, 0), [0] * 10, [0] * 9)
+        _C.forward("gru", "float32", 1, False, False, (5, 2, 0, 4, 0), 0, [0] * 10, [0] * 9)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -44,6 +44,14 @@ def allowed(sampler: Sampler, length: int) -> set[tuple[int, int]]:
     return every
 
 
+def test_pairs_of_long_sequences() -> None:
+    """A square root that is rounded to the next j would give a pair (-1, j), or (j, j)."""
+    for j in (torch.arange(1, 2**16), torch.arange(2**25 - 2**16, 2**25 + 1)):
+        first = swaps._triangle(j)  # the number of the pair (0, j)
+        for index, i in ((first, torch.zeros_like(j)), (first + j - 1, j - 1)):
+            assert torch.equal(torch.stack(swaps._triangle_pair(index)), torch.stack((i, j)))
+
+
 @given(samplers, st.lists(st.integers(1, 24), min_size=1, max_size=5), st.integers(0, 2**31))
 def test_draws_allowed_pairs_only(sampler: Sampler, lengths: list[int], seed: int) -> None:
     drawn = sampler(torch.tensor(lengths), len(lengths), torch.Generator().manual_seed(seed))

@@ -38,6 +38,9 @@ class Backend(Protocol):
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the operator's outputs `gates` and `spans`, which its own backward reads."""
 
+    def empty(self, like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        """A tensor on the device of another, not filled, for what a forward keeps."""
+
     def forward(
         self,
         cell: str,
@@ -45,10 +48,11 @@ class Backend(Protocol):
         train: bool,
         recompute: bool,
         inputs: Sequence[Tensor | None],
-        outputs: Sequence[Tensor],
+        outputs: Sequence[Tensor | None],
     ) -> None:
-        """Fill the outputs of the operator swap_rnn; all tensors in the order of its schema, x to lengths. With
-        `train` false nothing is kept for a backward; `arithmetic` is the dtype of the call."""
+        """Fill the outputs of the operator swap_rnn, None for those of c where the cell has none; all tensors in the
+        order of its schema, x to lengths. With `train` false nothing is kept for a backward; `arithmetic` is the dtype
+        of the call."""
 
     def backward(
         self,
@@ -126,11 +130,12 @@ def why_no_kernel(**call: Any) -> list[str]:
     return reasons if name == "reference" else []
 
 
-def _first(**call: Any) -> tuple[str, list[str]]:
+def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str]]:
     """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
+    call: dict[str, Any] = {"device": torch.device(device), **numbers}
     reasons: list[str] = []
     for name in _by_speed(**call):
-        found = why_not(name, **call)
+        found = KERNELS[name].why_not(**call)
         if not found and name in PROVEN_BY_USE:
             from sire_fast import proof  # which knows all the rest
 
@@ -141,12 +146,11 @@ def _first(**call: Any) -> tuple[str, list[str]]:
     return "reference", reasons
 
 
-def _by_speed(**call: Any) -> list[str]:
+def _by_speed(*, device: torch.device, **numbers: Any) -> list[str]:
     """Kernels in the order in which they are asked: on a GPU as measured, or else as predicted."""
-    if torch.device(call["device"]).type != "cuda":
+    if device.type != "cuda":
         return [*KERNELS]
-    numbers = {name: value for name, value in call.items() if name != "device"}
-    first = [gpu.fastest(**call), *gpu.predicted(**numbers), *KERNELS]
+    first = [gpu.fastest(device=device, **numbers), *gpu.predicted(**numbers), *KERNELS]
     return [name for name in dict.fromkeys(first) if name in KERNELS]
 
 

@@ -73,9 +73,13 @@ def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest:
     positions = [t.contiguous() for t in (swaps, ends, lengths)]
     rows = _C.span_rows(steps, *swaps.shape[:2], *_addresses(positions))
     if rows < 0:
-        reference.check_positions(steps, swaps, ends, lengths)
-        raise ValueError("swaps, ends, lengths: expected 0 <= i <= j <= end < length <= T")  # of what a transform wraps
+        _refuse_positions(steps, swaps, ends, lengths)
     return rows
+
+
+def _refuse_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> None:
+    reference.check_positions(steps, swaps, ends, lengths)
+    raise ValueError("swaps, ends, lengths: expected 0 <= i <= j <= end < length <= T")  # of what a transform wraps
 
 
 def kept(
@@ -86,21 +90,27 @@ def kept(
     return (steps, batch, saved * hidden if train else 0), (span_rows, (CELLS[cell].states + saved) * hidden)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that is not filled, in memory that goes back to the extension, for the next call, if it is large."""
+def empty(like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
-    if not count:
-        return torch.empty(shape, dtype=dtype)
+    if count * dtype.itemsize < _C.Memory.large:
+        return like.new_empty(shape, dtype=dtype)
     return torch.frombuffer(_C.Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
+    cell: str,
+    arithmetic: str,
+    train: bool,
+    recompute: bool,
+    inputs: Sequence[Any],
+    outputs: Sequence[Tensor | None],
 ) -> None:
-    x, *_, swaps, ends, lengths = inputs
-    _check_rows(x, swaps, ends, lengths, outputs[-1] if train else None)
-    threads = torch.get_num_threads()
-    _C.forward(cell, arithmetic, threads, train, recompute, _size(*inputs[:8]), _addresses(inputs), _addresses(outputs))
+    x, w_ih, _, _, _, h0, _, swaps, ends, lengths = inputs
+    spans: Any = outputs[-1]
+    size, rows, threads = _size(x, w_ih, h0, swaps), spans.shape[0], torch.get_num_threads()
+    # who calls the operator itself, as a compiled graph does, has asked nobody about positions and rows before
+    if not _C.forward(cell, arithmetic, threads, train, recompute, size, rows, _addresses(inputs), _addresses(outputs)):
+        _refuse_positions(len(x), swaps, ends, lengths)
 
 
 def backward(
@@ -110,27 +120,24 @@ def backward(
     inputs: Sequence[Any],
     gradients: Sequence[Tensor | None],
 ) -> None:
-    _check_rows(inputs[7], inputs[14], inputs[15], inputs[16], inputs[-1])
-    threads = torch.get_num_threads()
-    _C.backward(cell, arithmetic, threads, recompute, _size(*inputs[7:15]), _addresses(inputs), _addresses(gradients))
+    x, w_ih, _, _, _, h0, _, swaps, ends, lengths, *_, spans = inputs[7:]
+    size, rows, threads = _size(x, w_ih, h0, swaps), spans.shape[0], torch.get_num_threads()
+    if not _C.backward(cell, arithmetic, threads, recompute, size, rows, _addresses(inputs), _addresses(gradients)):
+        _refuse_positions(len(x), swaps, ends, lengths)
 
 
-def _check_rows(x: Tensor, swaps: Tensor, ends: Tensor, lengths: Tensor, spans: Tensor | None) -> None:
-    """A ValueError if positions lie outside their sequences, or spans outside their tensor: a compiled graph asks
-    nobody before."""
-    needed = span_rows(x.shape[0], swaps, ends, lengths, None)
-    if spans is not None and spans.shape[0] < needed:
-        raise ValueError(f"span_rows: expected at least {needed}, got {spans.shape[0]}")
-
-
-def _size(x: Tensor, w_ih: Tensor | None, b_ih: Any, w_hh: Any, b_hh: Any, h0: Tensor, c0: Any, swaps: Tensor) -> Any:
+def _size(x: Tensor, w_ih: Tensor | None, h0: Tensor, swaps: Tensor) -> tuple[int, ...]:
     """T, B, K, H and I, which is 0 for inputs that are projected already."""
-    return (x.shape[0], x.shape[1], swaps.shape[1], h0.shape[1], 0 if w_ih is None else x.shape[2])
+    steps, batch, features = x.shape
+    return steps, batch, swaps.shape[1], h0.shape[1], 0 if w_ih is None else features
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    addresses = [0 if t is None else t.data_ptr() for t in tensors]
-    for address, t in zip(addresses, tensors, strict=True):
-        if not address and t is not None and t.numel():  # as wrappers that shard parameters leave them
-            raise RuntimeError(f"cpu: a tensor of shape {tuple(t.shape)} has no memory: its storage was freed")
-    return addresses
+    return [0 if t is None else t.data_ptr() or _nowhere(t) for t in tensors]
+
+
+def _nowhere(t: Tensor) -> int:
+    """The address of a tensor without memory: a RuntimeError unless it is empty."""
+    if t.numel():  # as wrappers that shard parameters leave them
+        raise RuntimeError(f"cpu: a tensor of shape {tuple(t.shape)} has no memory: its storage was freed")
+    return 0

@@ -146,6 +146,9 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 span_rows = gpu.span_rows
 
 
+empty = Tensor.new_empty
+
+
 def kept(
     cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -153,7 +156,7 @@ def kept(
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Tensor]
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
     gpu.check(train, inputs, outputs[-1])
     x, w_ih, b_ih, *others = inputs
@@ -168,9 +171,9 @@ def _forward(
     cell: str,
     x_proj: Tensor,
     others: Sequence[Any],
-    tracks: tuple[Tensor, Tensor],
-    last: tuple[Tensor, Tensor],
-    ended: tuple[Tensor, Tensor],
+    tracks: tuple[Tensor, Tensor | None],
+    last: tuple[Tensor, Tensor | None],
+    ended: tuple[Tensor, Tensor | None],
     penalty: Tensor,
     gates: Tensor | None,
     spans: Tensor | None,

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,9 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
 span_rows = gpu.span_rows
 
 
+empty = Tensor.new_empty
+
+
 def kept(
     cell: str, steps: int, batch: int, hidden: int, span_rows: int, train: bool, recompute: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -64,7 +68,7 @@ def kept(
 
 
 def forward(
-    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]
+    cell: str, arithmetic: str, train: bool, recompute: bool, inputs: Sequence[Tensor | None], outputs: Sequence[Any]
 ) -> None:
     from sire_fast.kernels import launch
 
