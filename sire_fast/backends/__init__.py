@@ -135,7 +135,7 @@ def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str
     call: dict[str, Any] = {"device": torch.device(device), **numbers}
     reasons: list[str] = []
     for name in _by_speed(**call):
-        found = KERNELS[name].why_not(**call)
+        found = why_not(name, **call)
         if not found and name in PROVEN_BY_USE:
             from sire_fast import proof  # which knows all the rest
 
