@@ -38,7 +38,7 @@ from sire_fast.lab.train import write
 from sire_fast.swaps import Sampler
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, QUICK_ROUNDS = 9, 2
+ROUNDS, QUICK_ROUNDS = 7, 2
 SIDE, QUICK_SIDE = 2048, 128  # of the square matrices
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SHRINK = {"T": 10, "B": 16, "H": 16, "I": 16}  # --quick divides by these

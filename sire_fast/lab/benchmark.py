@@ -228,8 +228,8 @@ class _Compiled(nn.Module):
         self._compiled = torch.compile(self._run, dynamic=False, fullgraph=True)
 
     def forward(self, x: Tensor, pairs: Tensor, compare: str) -> tuple[Tensor, Tensor]:
-        with warnings.catch_warnings():  # that it compiles the last step, whose gradient comes from one side, apart
-            warnings.filterwarnings("ignore", message="invoke_subgraph traced multiple backward graphs")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.compile's own: what must not be in silence raises, see fullgraph
             return self._compiled(x, pairs, compare, *self.layer.parameters())
 
     def _run(self, x: Tensor, pairs: Tensor, compare: str, *weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,7 +265,9 @@ def _shared(
 
 
 def _shared_compiled(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
-    return _shared(layer, x, sampler, compare, _compiled_step(_EQUATIONS[type(layer)]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        return _shared(layer, x, sampler, compare, _compiled_step(_EQUATIONS[type(layer)]))
 
 
 @functools.cache
