@@ -2,7 +2,7 @@
 # make test   sets up .venv, runs the tests but the long ones: eight minutes
 # make proof  the long ones, on which nothing else depends
 # make test-torch  what depends on torch the most, with the oldest that is supported; TORCH=2.12.0 with another
-# make bench  sets up .venv, measures against torch and others into bench/results: five minutes on two quiet cores
+# make bench  sets up .venv, measures against torch and others into bench/results: six minutes on two quiet cores
 # make docs   the documentation as a site, into site/
 # make lint   ruff, clang-format, mypy; make format applies the first two
 PYTHON ?= python3
@@ -18,11 +18,13 @@ PYTEST = OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/pytest -q --benchmark-
 # compiled when they are imported, since most never are
 .venv/demo: EXTRAS = train
 .venv/ready: EXTRAS = test,lint
-.venv/proof: EXTRAS = test,lint,others
+.venv/bench: EXTRAS = test,lint,rivals
+.venv/proof: EXTRAS = test,lint,others,rivals
 .venv/docs: EXTRAS = test,lint,docs
 .venv/ready: HOLDS = .venv/demo
-.venv/proof .venv/docs: HOLDS = .venv/demo .venv/ready
-.venv/demo .venv/ready .venv/proof .venv/docs: pyproject.toml setup.py .constraints.txt $(CSRC)
+.venv/bench .venv/docs: HOLDS = .venv/demo .venv/ready
+.venv/proof: HOLDS = .venv/demo .venv/ready .venv/bench
+.venv/demo .venv/ready .venv/bench .venv/proof .venv/docs: pyproject.toml setup.py .constraints.txt $(CSRC)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint .constraints.txt --editable ".[$(EXTRAS)]"
 	touch $(HOLDS) $@
@@ -45,7 +47,7 @@ proof: .venv/proof
 test-torch: .venv-$(TORCH)/ready
 	$(PYTEST) -m "not proof" tests/test_cells.py tests/test_dropin.py tests/test_layers.py tests/test_reference.py
 
-bench: .venv/ready
+bench: .venv/bench
 	$(BIN)/python -m bench.suite
 
 docs: .venv/docs

@@ -1,5 +1,12 @@
 """The figures that this project has to reach, and how time grows with K, H and T: `make bench`.
 
+Arithmetic rate: the floating-point operations that the whole layer's forward and backward need, over the time of our
+step, as a part of the faster of two products of torch's in the same rounds, of square matrices and of the shape that
+projects the input. On AMD's processors torch's own products (MKL) use AVX2 where there is AVX-512: rates above 1 occur.
+
+Rivals: milliseconds of a step of all who can take it at a few shapes, those included that compile first, which is no
+part of the time.
+
 Writes <device>.json and <device>.png, prints a table. Compare only what stands in one file, and close everything
 else before. With --quick all sizes are tiny: it shows that everything runs, and its numbers mean nothing.
 """
@@ -11,35 +18,41 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
-from sire_fast import functional, swaps
+from sire_fast import swaps
 from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio
 from sire_fast.lab.train import write
+from sire_fast.swaps import Sampler
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, QUICK_ROUNDS = 12, 2
+ROUNDS, QUICK_ROUNDS = 7, 2
+SIDE, QUICK_SIDE = 2048, 128  # of the square matrices
+GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 SHRINK = {"T": 10, "B": 16, "H": 16, "I": 16}  # --quick divides by these
 
 
 @dataclass(frozen=True)
 class Goal:
-    """At most `limit` of the time of the fastest of `against`."""
+    """At most `limit` of the time of the fastest of `against`; with none, an arithmetic rate of at least `limit`."""
 
     what: str
     setting: Setting
     against: tuple[str, ...]
     limit: float
+    of: str = "sire_fast"
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,12 @@ class Row:
 
     what: str
     setting: Setting
+    of: str  # whose step was measured
     bound: str  # "at most" or "at least"
     limit: float
     measured: Quartiles
+    arithmetic_rate: Quartiles | None  # of that step
+    gflops: Quartiles | None  # of torch's products, of which it is a part, 10^9 operations per second
 
     @property
     def reached(self) -> bool:
@@ -58,7 +74,8 @@ class Row:
         return median <= self.limit if self.bound == "at most" else median >= self.limit
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "measured": self.measured._asdict(), "reached": self.reached}
+        quartiles = {name: value._asdict() for name, value in vars(self).items() if isinstance(value, Quartiles)}
+        return {**asdict(self), **quartiles, "reached": self.reached}
 
 
 def _goals() -> list[Goal]:
@@ -72,6 +89,13 @@ def _goals() -> list[Goal]:
     ]
     all_swaps = [replace(setting, swaps="adjacent:all") for setting in wide]
     one_swap = Setting(swaps="adjacent:1", I=256, H=256)
+    rated = [
+        (0.75 if hidden == 64 else 0.9, Setting(cell, I=hidden, H=hidden))
+        for hidden in (64, 128, 256)
+        for cell in benchmark.LAYERS
+    ]
+    all_rated = [(least, replace(setting, swaps="adjacent:all")) for least, setting in rated]
+    end_rated = [(least, replace(setting, swaps="uniform:4", compare="end")) for least, setting in rated]
     return [
         *(Goal("swap, Adjacent(8), against plain", s, ("plain",), 0.9 if s.cell == "LSTM" else 0.5) for s in wide),
         *(Goal("swap, Adjacent(8), against our plain", s, ("sire_fast plain",), 1.08) for s in wide),
@@ -82,10 +106,18 @@ def _goals() -> list[Goal]:
         Goal("swap, K=1, against published", one_swap, ("published",), 1 / 5),
         *(Goal("end, Uniform(4), against plain", s, ("plain",), 1) for s in at_end),
         *(Goal(f"end, Uniform({k}), against stacked and shared", s, ("stacked", "shared"), 1 / 3) for k, s in sizes),
+        *(Goal("arithmetic rate, no swaps", s, (), least, "sire_fast plain") for least, s in all_rated),
+        *(Goal('arithmetic rate, swap, Adjacent("all")', s, (), least) for least, s in all_rated),
+        *(Goal("arithmetic rate, end, Uniform(4)", s, (), least) for least, s in end_rated),
     ]
 
 
 _SWEPT = Setting("GRU", T=100, B=32, I=128, H=128, swaps="adjacent:8", compare="swap")
+_RIVALS = [
+    Setting(),
+    Setting(swaps="uniform:4", compare="end"),
+    Setting("GRU", 20, 16, 64, 64, "uniform:8", "end"),
+]
 # axis -> what it is, and what changes along it
 SWEEPS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "K": ("K, swaps of each sequence", [{"swaps": f"adjacent:{k}"} for k in (1, 2, 4, 8, 16)]),
@@ -104,49 +136,130 @@ _STYLES: dict[str, dict[str, Any]] = {
 }
 
 
+class Measured(NamedTuple):
+    """What was measured at a setting.
+
+    Attributes:
+        seconds: of each contestant's step in each round.
+        rates: the arithmetic rate of each of our steps in each round.
+        flops: of torch's products, the faster of the two in each round.
+    """
+
+    seconds: dict[str, list[float]]
+    rates: dict[str, list[float]]
+    flops: list[float]
+
+
+class _Noting:
+    """A sampler that keeps the pairs that it drew last."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        if hasattr(sampler, "reach"):
+            self.reach = sampler.reach
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self.pairs: Tensor = self._sampler(*arguments)
+        return self.pairs
+
+
+def operations(setting: Setting, pairs: Tensor | None = None) -> int:
+    """Floating-point operations of a layer's forward and backward, with an input that needs a gradient.
+
+    Every product runs forward and twice backward. A variant shares its original's prefix, and the product of its first
+    step: it adds a row for each step behind that one.
+
+    Args:
+        setting: sizes, and where states are compared.
+        pairs: (B, K, 2), None without swaps.
+    """
+    rows = setting.T * setting.B
+    variant_rows = 0
+    if pairs is not None:
+        i, j = pairs.unbind(-1)
+        variant_rows = int(((j if setting.compare == "swap" else setting.T - 1) - i).sum())
+    return 3 * 2 * GATES[setting.cell] * setting.H * (rows * setting.I + (rows + variant_rows) * setting.H)
+
+
+def measured(setting: Setting, names: Sequence[str], rounds: int, side: int, advance: Callable[[], object]) -> Measured:
+    """Time contestants, and torch's products of square matrices and of the projection, in turns."""
+    sampler = swaps.parse(setting.swaps)
+    assert sampler is not None  # which a setting refuses
+    noting, counts = _Noting(sampler), []
+    steps = {name: Step(setting, name, noting if name == "sire_fast" else None) for name in names}
+    square, x = torch.randn(side, side), torch.randn(setting.T * setting.B, setting.I)
+    weight = torch.randn(setting.I, GATES[setting.cell] * setting.H)
+
+    def after_round() -> None:
+        counts.append(operations(setting, noting.pairs))
+        advance()
+
+    products = {"square": lambda: square @ square, "projection": lambda: x @ weight}
+    seconds = measure({**steps, **products}, rounds, after_round)
+    flops = [
+        max(2 * side**3 / of_square, 2 * x.numel() * weight.shape[1] / of_projection)
+        for of_square, of_projection in zip(*(seconds.pop(name) for name in products), strict=True)
+    ]
+    needed = {"sire_fast": counts[-rounds:], "sire_fast plain": rounds * [operations(setting)]}
+    rates = {
+        name: [n / took / best for n, took, best in zip(each, seconds[name], flops, strict=True)]
+        for name, each in needed.items()
+        if name in seconds
+    }
+    return Measured(seconds, rates, flops)
+
+
 def run(quick: bool = False) -> dict[str, Any]:
     """Measure everything; returns what the result file holds."""
     shrink = _shrunk if quick else lambda setting: setting
-    rounds = QUICK_ROUNDS if quick else ROUNDS
+    rounds, side = (QUICK_ROUNDS, QUICK_SIDE) if quick else (ROUNDS, SIDE)
     goals = [replace(goal, setting=shrink(goal.setting)) for goal in _goals()]
     sweeps = {axis: [shrink(replace(_SWEPT, **change)) for change in changes] for axis, (_, changes) in SWEEPS.items()}
     needed: dict[Setting, list[str]] = {setting: contestants(setting) for sweep in sweeps.values() for setting in sweep}
     for goal in goals:
         names = needed.setdefault(goal.setting, [])
-        names += [name for name in ("sire_fast", *goal.against) if name not in names]
+        names += [name for name in ("sire_fast", goal.of, *goal.against) if name not in names]
+    # apart from the rest, whose time some of them disturb; compiling takes a minute even for tiny sizes
+    rivals = {setting: contestants(setting, slow_starts=not quick) for setting in map(shrink, _RIVALS)}
 
-    work = {setting: _work(setting, names) for setting, names in needed.items()}
-    total = (benchmark.WARM_UP + rounds) * sum(work.values())
+    runs = [*needed.items(), *rivals.items()]
+    total = (benchmark.WARM_UP + rounds) * sum(_work(*each) for each in runs)
     columns = (TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn())
-    seconds = {}
+    results = []
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), transient=True) as progress:
         bar = progress.add_task("", total=total)
-        for setting, names in needed.items():
+        for setting, names in runs:
             progress.update(bar, description=str(setting))
-            steps = {name: Step(setting, name) for name in names}
-            seconds[setting] = measure(steps, rounds, lambda done=work[setting]: progress.advance(bar, done))
+            advance = partial(progress.advance, bar, _work(setting, names))
+            results.append(measured(setting, names, rounds, side, advance))
 
-    rows = [
-        Row(goal.what, goal.setting, "at most", goal.limit, ratio(seconds[goal.setting], "sire_fast", *goal.against))
-        for goal in goals
-    ]
-    rows.append(_arithmetic_rate(shrink(Setting("GRU", I=256, H=256)), 128 if quick else 2048, rounds))
+    found = dict(zip(needed, results, strict=False))
+    rows = [_row(goal, found[goal.setting]) for goal in goals]
     rows += _memory(shrink(Setting("GRU", swaps="uniform:4", compare="end")))
     return {
         "machine": benchmark.machine(),
         "rounds": rounds,
         "quick": quick,
         "goals": [row.as_json() for row in rows],
-        "sweeps": {
-            axis: [
-                {
-                    "setting": asdict(setting),
-                    "seconds": {name: quartiles(times)._asdict() for name, times in seconds[setting].items()},
-                }
-                for setting in sweep
-            ]
-            for axis, sweep in sweeps.items()
-        },
+        "rivals": [_point(*each) for each in zip(rivals, results[len(needed) :], strict=True)],
+        "sweeps": {axis: [_point(setting, found[setting]) for setting in sweep] for axis, sweep in sweeps.items()},
+    }
+
+
+def _row(goal: Goal, found: Measured) -> Row:
+    rate, gflops = quartiles(found.rates[goal.of]), quartiles([n / 1e9 for n in found.flops])
+    if not goal.against:
+        return Row(goal.what, goal.setting, goal.of, "at least", goal.limit, rate, rate, gflops)
+    compared = ratio(found.seconds, goal.of, *goal.against)
+    return Row(goal.what, goal.setting, goal.of, "at most", goal.limit, compared, rate, gflops)
+
+
+def _point(setting: Setting, found: Measured) -> dict[str, Any]:
+    return {
+        "setting": asdict(setting),
+        "seconds": {name: quartiles(times)._asdict() for name, times in found.seconds.items()},
+        "arithmetic_rate": {name: quartiles(rates)._asdict() for name, rates in found.rates.items()},
+        "gflops": quartiles([n / 1e9 for n in found.flops])._asdict(),
     }
 
 
@@ -157,34 +270,7 @@ def _shrunk(setting: Setting) -> Setting:
 def _work(setting: Setting, names: Sequence[str]) -> float:
     """About how long a round takes, in some unit: for the time left."""
     passes = len(names) + ("stacked" in names) * swaps.parse(setting.swaps)(setting.T, 1).shape[1]
-    gates = {"RNN": 1, "GRU": 3, "LSTM": 4}[setting.cell]
-    return passes * gates * setting.T * setting.B * (setting.H + 64) ** 2
-
-
-def _arithmetic_rate(setting: Setting, side: int, rounds: int) -> Row:
-    """Floating-point operations per second of the whole operator, forward and backward, against those of torch's own
-    product of two square matrices."""
-    torch.manual_seed(0)
-    T, B, H = setting.T, setting.B, setting.H
-    x_proj, h0 = torch.randn(T, B, 3 * H, requires_grad=True), torch.zeros(B, H)
-    layer = torch.nn.GRU(H, H)
-    pairs, weight = swaps.parse(setting.swaps)(T, B), torch.randn(T, B, H)
-
-    def operator() -> None:
-        layer.zero_grad()
-        x_proj.grad = None
-        result = functional.swap_rnn(
-            "gru", x_proj, layer.weight_hh_l0, layer.bias_hh_l0, h0, swaps=pairs, ends=pairs[..., 1]
-        )
-        ((result.output * weight).sum() + result.penalty.mean()).backward()
-
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    seconds = measure({"operator": operator, "product": lambda: a @ b}, rounds)
-    # an adjacent swap costs one row more; a row costs a product forward and two backward
-    operations = 3 * 2 * (T + pairs.shape[1]) * B * 3 * H * H
-    factor = operations / (2 * side**3)
-    measured = Quartiles(*(factor * value for value in ratio(seconds, "product", "operator")))
-    return Row(f"arithmetic rate, against torch's sgemm {side}", setting, "at least", 0.8, measured)
+    return passes * GATES[setting.cell] * setting.T * setting.B * (setting.H + 64) ** 2
 
 
 def _memory(setting: Setting) -> list[Row]:
@@ -193,7 +279,7 @@ def _memory(setting: Setting) -> list[Row]:
     if ours is None or stacked is None:
         return []
     measured = Quartiles(*[ours / max(stacked, 1)] * 3)
-    return [Row("peak memory, against stacked", setting, "at most", 0.6, measured)]
+    return [Row("peak memory, against stacked", setting, "sire_fast", "at most", 0.6, measured, None, None)]
 
 
 def draw(result: dict[str, Any]) -> Figure:
@@ -234,11 +320,31 @@ def _fixed(axis: str, setting: dict[str, Any]) -> str:
     return " ".join(f"{name}={size}" for name, size in sizes.items() if name not in changed)
 
 
+_NO_RESULT = " (tiny sizes: no result)"
+_RATES = {"arithmetic_rate": ".2f", "gflops": ".0f"}
+
+
+def _rivals(result: dict[str, Any]) -> Table:
+    table = Table(title="Milliseconds of a step \\[quartiles]" + _NO_RESULT * result["quick"])
+    table.add_column("contestant")
+    points = result["rivals"]
+    for point in points:
+        table.add_column("{cell} T={T} B={B} H={H}\n{swaps}, {compare}".format(**point["setting"]), justify="right")
+    for name in dict.fromkeys(name for point in points for name in point["seconds"]):
+        cells = []
+        for point in points:
+            each = [f"{1e3 * value:.1f}" for value in point["seconds"].get(name, {}).values()]
+            cells.append("{1} \\[{0}, {2}]".format(*each) if each else "-")
+        table.add_row(f"{name}: {CONTESTANTS[name].label}", *cells)
+    return table
+
+
 def _table(result: dict[str, Any]) -> Table:
     title = "Time of a step, as a part of another's in the same round"
-    table = Table(title=title + " (tiny sizes: no result)" * result["quick"])
+    caption = "rate: arithmetic rate of our step, as a part of the faster of torch's products, sgemm, in GFLOP/s"
+    table = Table(title=title + _NO_RESULT * result["quick"], caption=caption)
     table.add_column("what")
-    for heading in ("shape", "goal", "measured [quartiles]", "reached"):
+    for heading in ("shape", "goal", "measured [quartiles]", "rate", "sgemm", "reached"):
         table.add_column(heading, no_wrap=True)
     for what, rows in itertools.groupby(result["goals"], lambda row: row["what"]):
         for n, row in enumerate(rows):
@@ -247,9 +353,16 @@ def _table(result: dict[str, Any]) -> Table:
             reached = "[green]yes[/]" if row["reached"] else "[red]no[/]"
             measured = f"{median:.2f} \\[{lower:.2f}, {upper:.2f}]"
             goal = f"{row['bound']} {row['limit']:.2f}"
-            table.add_row(what if n == 0 else "", shape, goal, measured, reached)
+            rate, sgemm = (format(row[name]["median"], digits) if row[name] else "" for name, digits in _RATES.items())
+            table.add_row(what if n == 0 else "", shape, goal, measured, rate, sgemm, reached)
         table.add_section()
     return table
+
+
+def file_name(machine: dict[str, Any]) -> str:
+    """Of the result of a machine, without its extension."""
+    device = f"{machine['device']} {machine['instruction_set'] or ''}"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|@.*ghz", "", device.lower())).strip("-")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -263,11 +376,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = run(options.quick)
 
     console = Console(width=None if sys.stdout.isatty() else 130)  # a file has room for whole rows
-    console.print(_table(result))
+    console.print(_table(result), _rivals(result))
 
-    machine = result["machine"]
-    device = f"{machine['device']} {machine['instruction_set'] or ''}"
-    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|@.*ghz", "", device.lower())).strip("-")
+    name = file_name(result["machine"])
     text, figure = json.dumps(result, indent=2) + "\n", draw(result)
     write(out / f"{name}.json", lambda temporary: temporary.write_text(text))
     write(out / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=150))

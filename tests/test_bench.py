@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
+from bench import suite
 from sire_fast import swaps
 from sire_fast.lab import benchmark, cli
 from sire_fast.lab.benchmark import LAYERS, Setting, Step, contestants
@@ -45,6 +47,35 @@ def test_the_contestants_compute_the_same(cell, kind, compare):
     assert expected[0] > 1e-4
     for name in ("sire_fast", "shared"):
         torch.testing.assert_close(outcome(setting, name, lambda *_: pairs), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.proof
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch.compile
+@pytest.mark.parametrize(("kind", "compare"), [("window:8:2", "swap"), ("uniform:3", "end")])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_those_that_compile_compute_the_same(cell, kind, compare):
+    # what is easily got wrong: a graph that keeps the pairs of the first step, a variant that runs beyond its end
+    setting = Setting(cell, **SMALL | {"dtype": "float32"}, swaps=kind, compare=compare)
+    slow = {*contestants(setting, slow_starts=True)} - {*contestants(setting)}
+    assert len(slow) == (4 if compare == "swap" else 3)
+    steps = {name: Step(setting, name) for name in ("stacked", *slow)}
+    for seed in range(2):
+        found = {}
+        for name, step in steps.items():
+            torch.manual_seed(seed)
+            found[name] = [step().detach(), *step.gradients()]
+        for name in slow:
+            torch.testing.assert_close(found[name], found["stacked"])
+
+
+def test_who_compiles(monkeypatch):
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: name)
+    assert {"stacked in JAX", "shared in JAX"} < {*contestants(Setting(), slow_starts=True)}
+    assert "shared in JAX" not in contestants(Setting(swaps="uniform:2"), slow_starts=True)
+    assert "stacked in JAX" not in contestants(Setting(dtype="float64"), slow_starts=True) + contestants(Setting())
+    monkeypatch.setenv("CXX", "missing-compiler")
+    assert "stacked in JAX" in contestants(Setting(), slow_starts=True)
+    assert not {"stacked compiled", "shared compiled"} & {*contestants(Setting(), slow_starts=True)}
 
 
 def _their_kernel(states):
@@ -142,6 +173,70 @@ def test_ratios_are_taken_round_by_round():
     assert benchmark.ratio(seconds, "a", "b") == pytest.approx((0.5, 0.5, (0.5 + 2 / 3) / 2))
     assert benchmark.ratio(seconds, "a", "b", "c") == pytest.approx((0.5, 0.5, 1.25))
     assert benchmark.ratio(seconds, "b", "b") == (1, 1, 1)
+
+
+def test_operations_are_counted_once():
+    # products of a GRU by hand: projection 5x4, recurrence 5x5, forward and two backward, 2 operations each
+    setting = Setting("GRU", T=4, B=2, I=4, H=5)
+    projection, recurrence = (2 * 3 * width * 5 * 3 for width in (4, 5))
+    assert suite.operations(setting) == 8 * (projection + recurrence)
+    pairs = torch.tensor([[[0, 1], [2, 2]], [[1, 3], [0, 3]]])  # 1 + 0 + 2 + 3 rows to j, 3 + 1 + 2 + 3 to the end
+    assert suite.operations(setting, pairs) - suite.operations(setting) == 6 * recurrence
+    at_end = replace(setting, compare="end")
+    assert suite.operations(at_end, pairs) - suite.operations(at_end) == 9 * recurrence
+
+
+def test_the_rate_is_that_of_the_swaps_of_each_round(monkeypatch):
+    clock, drawn = iter(range(1000)), []  # everything takes a second
+
+    class Counting(swaps.Uniform):
+        def __call__(self, *arguments):
+            drawn.append(super().__call__(*arguments))
+            return drawn[-1]
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(swaps, "parse", lambda _: Counting(2))
+    setting = Setting("RNN", **SMALL | {"dtype": "float32"}, swaps="uniform:2", compare="end")
+    found = suite.measured(setting, ["sire_fast", "sire_fast plain"], 3, 64, lambda: None)
+    best = 2 * 64**3
+    assert found.flops == 3 * [best]
+    assert found.rates["sire_fast"] == [suite.operations(setting, pairs) / best for pairs in drawn[-3:]]
+    assert found.rates["sire_fast plain"] == 3 * [suite.operations(setting) / best]
+    assert len({*found.rates["sire_fast"]}) > 1
+
+
+@pytest.mark.parametrize(
+    ("told", "processor", "name"),
+    [
+        (
+            "processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 9\n",
+            "AMD EPYC (family 26 model 2)",
+            "amd-epyc-family-26-model-2-avx2",
+        ),
+        (
+            "cpu family\t: 6\nmodel\t\t: 79\nmodel name\t: Intel(R) Xeon(R) CPU @ 2.20GHz\n",
+            "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6 model 79)",
+            "intel-xeon-family-6-model-79-avx2",
+        ),
+        (
+            "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n",
+            "aarch64 (implementer 0x41 part 0xd40)",
+            "aarch64-implementer-0x41-part-0xd40-avx2",
+        ),
+        (None, "aarch64", "aarch64-avx2"),
+    ],
+)
+def test_the_processor_is_told_by_the_numbers_of_its_model(monkeypatch, told, processor, name):
+    def read(path: Path) -> str:
+        if told is None:
+            raise FileNotFoundError(path)
+        return told
+
+    monkeypatch.setattr(benchmark.Path, "read_text", read)
+    monkeypatch.setattr(benchmark.platform, "processor", lambda: "")
+    monkeypatch.setattr(benchmark.platform, "machine", lambda: "aarch64")
+    assert benchmark._processor() == processor
+    assert suite.file_name({"device": processor, "instruction_set": "avx2"}) == name
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of memory")
@@ -247,11 +342,17 @@ def test_the_suite_measures_every_goal_and_draws(tmp_path):
     assert {axis: len(points) for axis, points in result["sweeps"].items()} == {"K": 5, "H": 4, "T": 4}
     for point in result["sweeps"]["K"]:
         assert list(point["seconds"]) == contestants(Setting())
+    for point in result["rivals"]:
+        assert list(point["seconds"]) == contestants(Setting(**point["setting"]))
+        assert "{cell} T={T} B={B} H={H}".format(**point["setting"]) in done.stdout
+    assert len(result["rivals"]) == 3
     rows = [(row["what"].split(",")[0], row["setting"]["cell"]) for row in result["goals"]]
-    assert len(rows) == 3 * 6 + 1 + 2 + 2 * 9 + 1 + (sys.platform == "linux")
+    assert len(rows) == 3 * 6 + 1 + 2 + 2 * 9 + 3 * 9 + (sys.platform == "linux")
     assert {"swap", "end", "arithmetic rate"} <= {what for what, _ in rows}
     for row in result["goals"]:
         lower, median, upper = row["measured"].values()
         assert lower <= median <= upper
         assert row["reached"] == (median <= row["limit"] if row["bound"] == "at most" else median >= row["limit"])
         assert f"{row['bound']} {row['limit']:.2f}" in done.stdout
+        if row["what"] != "peak memory, against stacked":
+            assert row["arithmetic_rate"]["median"] > 0 < row["gflops"]["median"]

@@ -1,8 +1,8 @@
 """One training step of a recurrent layer with SIRE, as several people would write it, timed side by side.
 
-A contestant is a way to compute a layer's output and its swap penalty. All get the same weights, input and loss, and
-all draw their swaps within the step. `measure` runs their steps in turns, so that what disturbs the machine disturbs
-all of them, and `ratio` compares them round by round.
+A contestant is a way to compute a layer's output and its swap penalty. All get the same weights, input and gradient of
+the output, and all draw their swaps within the step. `measure` runs their steps in turns, so that what disturbs the
+machine disturbs all of them, and `ratio` compares them round by round.
 
     >>> setting = Setting(cell="GRU", T=5, B=2, I=3, H=4, swaps="adjacent:2", compare="swap")
     >>> seconds = measure({name: Step(setting, name) for name in contestants(setting)}, rounds=2)
@@ -12,12 +12,17 @@ all of them, and `ratio` compares them round by round.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import os
 import platform
 import random
 import re
+import shutil
 import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +38,7 @@ from torch.nn.functional import linear
 import sire_fast
 from sire_fast import swaps
 from sire_fast.backends import cpu, gpu
-from sire_fast.cells import CELLS
+from sire_fast.cells import CELLS, Cell, States
 from sire_fast.layers import COMPARES
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Sampler
@@ -42,6 +47,7 @@ LAYERS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 WARM_UP = 2  # rounds that are not counted
 
+_CellStep = Callable[[Tensor, Tensor, States], States]
 _EQUATIONS = {nn.RNN: CELLS["rnn_tanh"], nn.GRU: CELLS["gru"], nn.LSTM: CELLS["lstm"]}
 _CELL_STEPS = {nn.RNN: torch.rnn_tanh_cell, nn.GRU: torch.gru_cell}
 _CELL_MODULES = {nn.RNN: nn.RNNCell, nn.GRU: nn.GRUCell, nn.LSTM: nn.LSTMCell}
@@ -105,6 +111,7 @@ class Contestant(NamedTuple):
         forward: (module, x (T, B, I), sampler, compare) -> output (T, B, H) and the penalty, None without one.
         prepare: (torch's layer, sampler, compare) -> the module with the layer's weights that `forward` takes.
         compares, serves: which settings it can run.
+        starts_slowly: it compiles, for up to a minute, in its first step.
     """
 
     label: str
@@ -112,6 +119,7 @@ class Contestant(NamedTuple):
     prepare: Callable[[nn.RNNBase, Sampler, str], nn.Module] = lambda layer, sampler, compare: layer
     compares: tuple[str, ...] = COMPARES
     serves: Callable[[Setting], bool] = lambda setting: True
+    starts_slowly: bool = False
 
 
 class Step:
@@ -134,15 +142,17 @@ class Step:
             torch.manual_seed(0)
             layer = LAYERS[setting.cell](setting.I, setting.H).to(**to)
             self.x = torch.randn(setting.T, setting.B, setting.I).to(**to).requires_grad_()
-            self.weight = torch.randn(setting.T, setting.B, setting.H).to(**to)
+            self.weight = torch.randn(setting.T, setting.B, setting.H).to(**to)  # the loss's gradient of the output
         self.module = contestant.prepare(layer, self.sampler, self.compare)
 
     def __call__(self) -> Tensor | None:
         self.module.zero_grad()
         self.x.grad = None
         output, penalty = self.forward(self.module, self.x, self.sampler, self.compare)
-        loss = (output * self.weight).sum()
-        (loss if penalty is None else loss + penalty).backward()
+        if penalty is None:
+            torch.autograd.backward(output, self.weight)
+        else:
+            torch.autograd.backward((output, penalty), (self.weight, None))
         return penalty
 
     def gradients(self) -> list[Tensor | None]:
@@ -161,13 +171,17 @@ def _sire_fast(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> t
 
 def _stacked(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
     """The original and its variants as one batch of whole sequences."""
-    steps, batch, _ = x.shape
-    pairs = sampler(steps, batch, None, x.device)
-    y = layer(with_variants(x, pairs).flatten(1, 2))[0].unflatten(1, (batch, -1))  # (T, B, 1 + K, H)
+    pairs = sampler(*x.shape[:2], None, x.device)
+    return _compared(layer(with_variants(x, pairs).flatten(1, 2))[0], pairs, compare)
+
+
+def _compared(y: Tensor, pairs: Tensor, compare: str) -> tuple[Tensor, Tensor]:
+    """Of the outputs of originals and variants (T, B * (1 + K), H) the originals' and the penalty."""
+    y = y.unflatten(1, (len(pairs), -1))  # (T, B, 1 + K, H)
     if compare == "end":
         original, variants = y[-1, :, :1], y[-1, :, 1:]
     else:
-        row, column = torch.arange(batch, device=x.device)[:, None], torch.arange(1, y.shape[2], device=x.device)
+        row, column = torch.arange(len(pairs), device=y.device)[:, None], torch.arange(1, y.shape[2], device=y.device)
         ends = pairs[..., 1]
         original, variants = y[ends, row, 0], y[ends, row, column]
     return y[:, :, 0], (variants - original).square().sum(-1).mean()
@@ -186,7 +200,56 @@ class _Variants(NamedTuple):
         return torch.where(step == self.i, self.j, torch.where(step == self.j, self.i, step))
 
 
-def _shared(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+class _Compiled(nn.Module):
+    """The stacked variants behind torch.compile: one graph whose steps are one region, compiled once.
+
+    The fastest of what was tried. Milliseconds of a GRU on two cores of an AMD EPYC (family 26 model 2), torch 2.13, at
+    T=100 B=64 H=128 with Adjacent(8) at the swap and with Uniform(4) at the end, and at T=20 B=16 H=64 with Uniform(8)
+    at the end:
+
+        this                  250  155   6.7    compiles for 50, 50 and 13 seconds
+        ten steps at a time   272  166   8.1    for 22, 13 and 12
+        a single step         278  172          for 5
+        not compiled          343  211  10.3
+
+    All steps without a region were no faster, nor was nn.GRU, which dynamo traces with allow_rnn: they compile for two
+    minutes at T=100. `scan` of torch._higher_order_ops needs capture_scalar_outputs, and gave W_hh a wrong gradient.
+    """
+
+    def __init__(self, layer: nn.RNNBase, sampler: Sampler, compare: str) -> None:
+        super().__init__()
+        self.layer, self._cell = layer, _EQUATIONS[type(layer)]
+        cell = self._cell.step
+
+        def step(projected: Tensor, states: States, w_hh: Tensor, b_hh: Tensor) -> States:
+            return cell(projected, linear(states[0], w_hh, b_hh), states)
+
+        self._step = torch.compiler.nested_compile_region(step)
+        self._compiled = torch.compile(self._run, dynamic=False, fullgraph=True)
+
+    def forward(self, x: Tensor, pairs: Tensor, compare: str) -> tuple[Tensor, Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch.compile's own: what must not be in silence raises, see fullgraph
+            return self._compiled(x, pairs, compare, *self.layer.parameters())
+
+    def _run(self, x: Tensor, pairs: Tensor, compare: str, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        w_ih, w_hh, b_ih, b_hh = weights
+        rows = with_variants(linear(x, w_ih, b_ih), pairs).flatten(1, 2)
+        states = self._cell.states * (x.new_zeros(rows.shape[1], w_hh.shape[1]),)
+        history = []
+        for projected in rows.unbind():
+            states = self._step(projected, states, w_hh, b_hh)
+            history.append(states[0])
+        return _compared(torch.stack(history), pairs, compare)
+
+
+def _stacked_compiled(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    return layer(x, sampler(*x.shape[:2], None, x.device), compare)
+
+
+def _shared(
+    layer: nn.Module, x: Tensor, sampler: Sampler, compare: str, step: _CellStep | None = None
+) -> tuple[Tensor, Tensor]:
     """Every variant starts from the original's state before its swap. Which of two forms is faster depends on how far
     the variants run: few steps are cheapest as one batch behind torch's layer, many in one loop with the original.
     torch's layer on the suffixes, as a PackedSequence, was as fast for few steps and took twice the time for many."""
@@ -196,15 +259,27 @@ def _shared(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tupl
     end = j if compare == "swap" else torch.full_like(j, steps - 1)
     sequence = torch.arange(batch, device=x.device).repeat_interleave(pairs.shape[1])
     longest = int((end - i).max()) + 1
-    output, difference = (_behind if 2 * longest <= steps else _in_step)(layer, x, _Variants(i, j, end, sequence))
+    run = _behind if 2 * longest <= steps else _in_step
+    output, difference = run(layer, x, _Variants(i, j, end, sequence), step or _EQUATIONS[type(layer)].step)
     return output, difference.square().sum(-1).mean()
 
 
-def _behind(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, Tensor]:
+def _shared_compiled(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as above
+        return _shared(layer, x, sampler, compare, _compiled_step(_EQUATIONS[type(layer)]))
+
+
+@functools.cache
+def _compiled_step(cell: Cell) -> _CellStep:
+    """Not more than the equations: gathering rows in it too gained nothing, and rows differ in number in every step."""
+    return torch.compile(cell.step, dynamic=True, fullgraph=True)
+
+
+def _behind(layer: nn.Module, x: Tensor, variants: _Variants, step: _CellStep) -> tuple[Tensor, Tensor]:
     """The original first, then all variants side by side, each from its own start: output (T, B, H) and differences
     (N, H)."""
     w_ih, w_hh, b_ih, b_hh = weights = [*layer.parameters()]
-    step = _EQUATIONS[type(layer)].step
     longest_first = (variants.end - variants.i).argsort(descending=True)
     running = variants = _Variants(*(v[longest_first] for v in variants))
     span = variants.end - variants.i
@@ -254,11 +329,10 @@ def _lstm(projected: Tensor, w_hh: Tensor, b_hh: Tensor) -> tuple[Tensor, Tensor
     return h, c, u
 
 
-def _in_step(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, Tensor]:
+def _in_step(layer: nn.Module, x: Tensor, variants: _Variants, step: _CellStep) -> tuple[Tensor, Tensor]:
     """One loop over time in which the variants run beside the originals, each from its start to its end, and whose
     input is projected once: output (T, B, H) and differences (N, H)."""
     w_ih, w_hh, b_ih, b_hh = layer.parameters()
-    cell = _EQUATIONS[type(layer)]
     steps, batch, _ = x.shape
     now = torch.arange(steps, device=x.device)[:, None]
     inside, ends = (variants.i <= now) & (now <= variants.end), now == variants.end  # (T, N)
@@ -269,7 +343,7 @@ def _in_step(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, 
 
     projected = linear(x, w_ih, b_ih).flatten(0, 1)
     originals = torch.arange(batch, device=x.device)
-    states = tuple(x.new_zeros(batch, w_hh.shape[1]) for _ in range(cell.states))
+    states = _EQUATIONS[type(layer)].states * (x.new_zeros(batch, w_hh.shape[1]),)
     history, ended = [], []
     for t, (source, read, last) in enumerate(
         zip(comes_from.split(counts), reads.split(counts), row[ends].split(n_ended), strict=True)
@@ -277,7 +351,7 @@ def _in_step(layer: nn.Module, x: Tensor, variants: _Variants) -> tuple[Tensor, 
         rows = torch.cat((originals, source))
         states = tuple(s[rows] for s in states)
         inputs = projected[torch.cat((originals + t * batch, read))]
-        states = cell.step(inputs, linear(states[0], w_hh, b_hh), states)
+        states = step(inputs, linear(states[0], w_hh, b_hh), states)
         history.append(states[0][:batch])
         ended.append(states[0][last])
     output = torch.stack(history)
@@ -341,6 +415,28 @@ class _TorchRL(nn.Module):
         return there and setting.cell != "RNN" and setting.dtype in ("float32", "bfloat16")
 
 
+def _has_compiler(setting: Setting) -> bool:
+    """Whether torch.compile finds what it needs on the CPU."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return setting.device == "cpu" and shutil.which(compiler) is not None
+
+
+def _stacked_in_jax(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    from sire_fast.lab import in_jax
+
+    return in_jax.stacked(layer, x, sampler(*x.shape[:2], None, x.device), compare)
+
+
+def _shared_in_jax(layer: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
+    from sire_fast.lab import in_jax
+
+    return in_jax.shared(layer, x, sampler(*x.shape[:2], None, x.device), sampler.reach)  # type: ignore[attr-defined]
+
+
+def _has_jax(setting: Setting) -> bool:
+    return find_spec("jax") is not None and (setting.device, setting.dtype) == ("cpu", "float32")
+
+
 CONTESTANTS = {
     "plain": Contestant("torch.nn without SIRE", _plain),
     "sire_fast plain": Contestant(
@@ -349,15 +445,33 @@ CONTESTANTS = {
     "sire_fast": Contestant("sire_fast with SIRE", _sire_fast, sire_fast.convert),
     "stacked": Contestant("torch.nn on the stacked variants", _stacked),
     "shared": Contestant("plain PyTorch, prefix shared", _shared),
+    "stacked compiled": Contestant(
+        "torch.compile on the stacked variants", _stacked_compiled, _Compiled, serves=_has_compiler, starts_slowly=True
+    ),
+    "shared compiled": Contestant(
+        "torch.compile, prefix shared", _shared_compiled, serves=_has_compiler, starts_slowly=True
+    ),
+    "stacked in JAX": Contestant("JAX on the stacked variants", _stacked_in_jax, serves=_has_jax, starts_slowly=True),
+    "shared in JAX": Contestant(
+        "JAX, prefix shared",
+        _shared_in_jax,
+        compares=("swap",),
+        serves=lambda setting: _has_jax(setting) and hasattr(swaps.parse(setting.swaps), "reach"),  # shapes are fixed
+        starts_slowly=True,
+    ),
     "published": Contestant("the authors' procedure, K=1", _published, _as_cell, ("swap",)),
     "torchrl": Contestant("TorchRL's kernels without SIRE", _plain, _TorchRL, serves=_TorchRL.serves),
     "torchrl stacked": Contestant("TorchRL's on the stacked variants", _stacked, _TorchRL, serves=_TorchRL.serves),
 }
 
 
-def contestants(setting: Setting) -> list[str]:
-    """The names of those who can run a setting, keys of CONTESTANTS."""
-    return [name for name, each in CONTESTANTS.items() if setting.compare in each.compares and each.serves(setting)]
+def contestants(setting: Setting, slow_starts: bool = False) -> list[str]:
+    """The names of those who can run a setting, keys of CONTESTANTS; those that start slowly only if asked for."""
+    return [
+        name
+        for name, each in CONTESTANTS.items()
+        if setting.compare in each.compares and slow_starts >= each.starts_slowly and each.serves(setting)
+    ]
 
 
 def measure(
@@ -459,12 +573,17 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
+    """Its name and the numbers of its model, which tell apart what has one name, as far as the system knows them."""
     # py-cpuinfo gives the same name, after starting processes for a second
     try:
-        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        told = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        model = None
-    return model[1] if model else platform.processor() or platform.machine()
+        told = ""
+    fields = dict(re.findall(r"^(.+?)[ \t]*:[ \t]*(.+)$", told, re.MULTILINE))
+    numbers = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
+    model = " ".join(f"{short} {fields[name]}" for name, short in numbers.items() if name in fields)
+    processor = fields.get("model name") or platform.processor() or platform.machine()
+    return f"{processor} ({model})" if model else processor
 
 
 def _commit() -> str | None:
