@@ -211,6 +211,23 @@ def test_same_bits_again_and_close_on_other_thread_counts(cell: str, backend: st
         assert_as_good_as_reference(cell, make(case), torch.float32, backend)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("n_swaps", [0, 3])
+@pytest.mark.parametrize("batch", [1, 5, 16, 70])
+def test_many_threads(cell: str, n_swaps: int, batch: int) -> None:
+    """Far more threads than cores, tiles of W_hh and rows of dW_hh, so that some have nothing to pack or to add;
+    sequences so unequal that equal parts of the cost would leave some threads without one; and sums of gradients that
+    must not depend on which thread is done first."""
+    arguments = make(Case(cell, 24, batch, 10, n_swaps, ragged=True, inputs=3, recompute=batch == 16))
+    truth = run(cell, arguments, "reference")
+    for threads in (16, 64, 100):
+        torch.set_num_threads(threads)
+        ours, again = run(cell, arguments, "cpu"), run(cell, arguments, "cpu")
+        for name, value in ours.items():
+            assert error(value, truth[name]) < 1e-12, (threads, name)
+            assert torch.equal(value, again[name]), (threads, name)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_any_strides(backend: str) -> None:
     """Kernels read raw memory: what is transposed, sliced, expanded or offset must be seen as it is."""
