@@ -211,6 +211,39 @@ def test_same_bits_again_and_close_on_other_thread_counts(cell: str, backend: st
         assert_as_good_as_reference(cell, make(case), torch.float32, backend)
 
 
+def test_large_memory_serves_one_call_after_the_other() -> None:
+    """What a forward keeps has to stay until its backward, whatever other calls get and give back meanwhile."""
+    case = Case("lstm", 48, 32, 128, 4, inputs=3)
+    first, second = (cast(make(case, seed), torch.float32) for seed in (0, 1))
+
+    def start() -> Tensor:
+        return functional.swap_rnn("lstm", **first, backend="cpu").variants
+
+    def end(variants: Tensor) -> Tensor:
+        return torch.autograd.grad(variants.square().sum(), first["w_hh"])[0]
+
+    alone, held = end(start()), start()
+    assert held.grad_fn.saved_tensors[-1].nbytes > _C.Memory.large  # type: ignore[union-attr]
+    run("lstm", second, "cpu")
+    assert torch.equal(end(held), alone)
+    assert_as_good_as_reference("lstm", make(case), torch.float32, "cpu")
+
+
+def test_large_memory_is_kept() -> None:
+    """For the next call that needs about as much, not for one that needs far less."""
+
+    def address(memory: Any) -> int:
+        return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+    size = 1 << 30  # as no other test leaves
+    first, second = _C.Memory(size), _C.Memory(size)
+    was = address(first)
+    assert address(second) != was
+    del first
+    assert address(_C.Memory(_C.Memory.large)) != was
+    assert address(_C.Memory(size + 1)) == was
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("n_swaps", [0, 3])
 @pytest.mark.parametrize("batch", [1, 5, 16, 70])
