@@ -16,7 +16,7 @@ namespace sire_fast {
 // when it runs short.
 class Memory {
  public:
-  static constexpr size_t kLarge = size_t(8) << 20;
+  static constexpr size_t kLarge = size_t(1) << 20;
 
   explicit Memory(size_t bytes) : block_(bytes < kLarge ? small(bytes) : large(bytes)) {}
   ~Memory() {
@@ -41,11 +41,12 @@ class Memory {
   struct Pool {
     std::mutex mutex;
     std::vector<Block> free;
-    int64_t taken = 0;
+    int64_t taken = 0, blocks = 0;  // calls of large(), and blocks that it has from the system
   };
 
-  static constexpr size_t kLine = 64, kPage = size_t(2) << 20;  // a huge page
-  static constexpr int64_t kUnused = 64;  // calls of large() after which a block goes back to the system
+  static constexpr size_t kLine = 64, kPage = 4096;
+  // calls of large(), for each block that there is, after which one that nobody wants goes back to the system
+  static constexpr int64_t kUnused = 16;
 
   static Pool& pool() {
     static Pool& pool = *new Pool;  // outlives what other libraries hold at exit
@@ -64,9 +65,11 @@ class Memory {
     {
       const std::lock_guard<std::mutex> lock(at.mutex);
       ++at.taken;
-      const auto old = std::partition(at.free.begin(), at.free.end(),
-                                      [&](const Block& b) { return at.taken - b.given < kUnused; });
+      const auto old = std::partition(at.free.begin(), at.free.end(), [&](const Block& b) {
+        return at.taken - b.given < kUnused * at.blocks;
+      });
       for (auto b = old; b != at.free.end(); ++b) munmap(b->p, b->bytes);
+      at.blocks -= at.free.end() - old;
       at.free.erase(old, at.free.end());
       auto best = at.free.end();
       for (auto b = at.free.begin(); b != at.free.end(); ++b)
@@ -77,6 +80,7 @@ class Memory {
         at.free.erase(best);
         return found;
       }
+      ++at.blocks;
     }
     const size_t rounded =
         (bytes + bytes / 8) / kPage * kPage + kPage;  // the next call may want a little more

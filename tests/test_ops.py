@@ -242,6 +242,18 @@ def test_large_memory_is_kept() -> None:
     del first
     assert address(_C.Memory(_C.Memory.large)) != was
     assert address(_C.Memory(size + 1)) == was
+    if sys.platform == "linux":
+        assert _mapped(was)
+        for _ in range(10_000):  # calls in which nobody wants it
+            _C.Memory(_C.Memory.large)
+        assert not _mapped(was)
+
+
+def _mapped(address: int) -> bool:
+    """Whether the process has memory there."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    ranges = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    return any(begin <= address < end for begin, end in ranges)
 
 
 @pytest.mark.parametrize("cell", CELLS)
