@@ -34,6 +34,10 @@ constexpr int kVectorBytes = 16, kTileVectors = 2;
 // kTileRows * kTileVectors accumulators, the vectors of one row of weights and a broadcast fill the registers
 constexpr int kTileRows = 6;
 
+// Tiles of so few rows that are taken side by side, since each sum waits for its last addition: they leave
+// registers free.
+constexpr int abreast(int rows) { return kTileVectors > 2 || rows > 3 ? 1 : rows > 1 ? 2 : 4; }
+
 template <class T>
 struct Vector;
 
@@ -233,13 +237,16 @@ struct Columns {
   int64_t vector_step, row_step;
 };
 
-// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns, k counting
-// words. What is there already is added last: added to first, it would round every term to its own size.
-// Meanwhile the same columns of the rows `soon`, if any, are fetched into the cache.
-template <class T, class P, int R, int N>
+// out[r][:] = init[r][:] + sum_k a[r][k * a_step] * w[k][:] for R rows and N vectors of columns, in W parts
+// that lie tile_step apart in w, k counting words. What is there already is added last: added to first, it
+// would round every term to its own size. Meanwhile the same columns of the rows `soon`, if any, are fetched
+// into the cache.
+template <class T, class P, int R, int N, int W = 1>
 void tile(int64_t K, const typename P::Word* const* a, int64_t a_step, const typename P::Word* w,
-          int64_t row_step, const T* const* init, T* const* out, const T* const* soon, int64_t column) {
+          int64_t row_step, int64_t tile_step, const T* const* init, T* const* out, const T* const* soon,
+          int64_t column) {
   using M = Math<T>;
+  constexpr int kPart = N / W;
   typename M::V sum[R][N];
   const typename P::Word* rows[R];
 #pragma GCC unroll 8
@@ -254,7 +261,8 @@ void tile(int64_t K, const typename P::Word* const* a, int64_t a_step, const typ
   for (int64_t k = 0, at = 0; k < K; ++k, at += a_step, w += row_step) {
     typename P::Words column_vectors[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) __builtin_memcpy(&column_vectors[n], w + n * M::width, kVectorBytes);
+    for (int n = 0; n < N; ++n)
+      __builtin_memcpy(&column_vectors[n], w + n / kPart * tile_step + n % kPart * M::width, kVectorBytes);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const typename P::Words x = P::splat(rows[r][at]);
@@ -301,12 +309,29 @@ struct Panel {
   // their tiles, for all `vectors` of the columns
   void multiply(int64_t vectors, int64_t K, int64_t a_step, const Columns<Word>& w) const {
     constexpr int width = Math<T>::width;
-    for (int64_t v = 0; v < vectors; v += kTileVectors) {
+    int64_t v = n == 1   ? side_by_side<1>(vectors, K, a_step, w)
+                : n == 2 ? side_by_side<2>(vectors, K, a_step, w)
+                : n == 3 ? side_by_side<3>(vectors, K, a_step, w)
+                         : 0;
+    for (; v < vectors; v += kTileVectors) {
       const int count = vectors - v < kTileVectors ? int(vectors - v) : kTileVectors;
       const int64_t row_step = w.row_step ? w.row_step : count * width;
-      any_tile<T, P>(n, count, K, a, a_step, w.p + v * w.vector_step, row_step, init, out,
+      any_tile<T, P>(n, count, K, a, a_step, w.p + v * w.vector_step, row_step, int64_t(0), init, out,
                      soon[0] ? soon : nullptr, v * width);
     }
+  }
+
+  // tiles of R rows as far as there are enough of them; returns the vectors that this makes
+  template <int R>
+  int64_t side_by_side(int64_t vectors, int64_t K, int64_t a_step, const Columns<Word>& w) const {
+    constexpr int W = abreast(R), N = W * kTileVectors;
+    if (W == 1) return 0;
+    const int64_t row_step = w.row_step ? w.row_step : kTileVectors * Math<T>::width;
+    int64_t v = 0;
+    for (; v + N <= vectors; v += N)
+      tile<T, P, R, N, W>(K, a, a_step, w.p + v * w.vector_step, row_step, kTileVectors * w.vector_step, init,
+                          out, soon[0] ? soon : nullptr, v * Math<T>::width);
+    return v;
   }
 };
 

@@ -119,7 +119,7 @@ def test_more_variants_than_a_warp_has_lanes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # NumPy's, of exp
 def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -> None:
@@ -134,6 +134,18 @@ def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -
     truth, ours = run(cell, arguments, "reference"), run(cell, arguments, backend)
     for name, value in ours.items():
         assert error(value, truth[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("gate", [-60.0, -88.0, -1e3, 1e3])
+def test_closed_output_gates(gate: float) -> None:
+    """The gradient takes tanh(c) from h / o, and o must not be 0."""
+    arguments = make(Case("lstm", 5, 4, 16, 2))
+    with torch.no_grad():
+        arguments["x_proj"][..., 3 * 16 :] = gate
+    truth, ours = run("lstm", arguments, "reference"), run("lstm", arguments, "cpu")
+    for name, value in ours.items():
+        assert error(value, truth[name]) < 1e-12, name
+    assert_as_good_as_reference("lstm", arguments, torch.float32, "cpu")
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -34,7 +34,8 @@ class StandIn(SimpleNamespace):
     """A backend of a GPU that computes as the CPU's does, and counts its calls."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__(**{name: getattr(cpu, name) for name in ("why_not", "computed_in", "span_rows", "kept")})
+        alike = ("why_not", "computed_in", "span_rows", "kept", "empty")
+        super().__init__(**{name: getattr(cpu, name) for name in alike})
         file.write_text("")
         self.files, self.calls, self.accident = lambda: [file], 0, lambda outputs: None
         self.accident_behind: Callable[[Any], None] = lambda gradients: None
