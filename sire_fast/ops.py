@@ -358,9 +358,9 @@ def _check_backward(cell: str, backend: str, arithmetic: str, recompute: bool, g
     _check(cell, backend, arithmetic, *inputs)
     x, h0, swaps = inputs[0], inputs[5], inputs[7]
     *outputs, of_gates, of_spans = _shapes(cell, backend, recompute, x, h0, swaps, spans.shape[0], True)
-    expected = [*outputs, outputs[0], outputs[5], of_gates, of_spans]
+    expected = [shape or (0,) for shape in (*outputs, outputs[0], outputs[5], of_gates, of_spans)]
     for tensor, shape in zip([*grads, h, cells, gates, spans], expected, strict=True):
-        if tensor is not None and tensor.shape != (shape or (0,)):
+        if tensor is not None and tensor.shape != shape:
             got = tuple(tensor.shape)
             raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of shape {shape}, got {got}")
 

@@ -102,9 +102,8 @@ def _stacked(cell: tuple[_Cell, int], compare: str, pairs: Any, x: Any, *weights
     projected = x @ w_ih.T + b_ih
 
     def step(states: Arrays, read: Any) -> tuple[Arrays, Any]:
-        inputs = projected[read, row].reshape(
-            -1, projected.shape[-1]
-        )  # the variants' inputs are never built as a whole
+        # the variants' inputs are never built as a whole
+        inputs = projected[read, row].reshape(-1, projected.shape[-1])
         states = next_states(inputs, states[0] @ w_hh.T + b_hh, states)
         return states, states[0]
 
