@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -29,17 +30,6 @@ const InstructionSet*& instruction_set() {
 }
 
 namespace {
-
-// n values.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : memory_(n * sizeof(T)) {}
-  operator T*() const { return static_cast<T*>(memory_.get()); }
-
- private:
-  Memory memory_;
-};
 
 // Runs work(0) .. work(n - 1) on n threads. They are those of the OpenMP runtime that torch has loaded, if it
 // can be found: a second pool would spin against torch's for the same cores.
@@ -148,35 +138,46 @@ template <class T, class Call, class F>
 void run(const Kernel<T, Call>& kernel, const Call& call, int threads, const F& after) {
   const Plan plan(call.size, call.swaps, threads);
   const int n_shares = int(plan.shares.size());
-  const Buffer<T> packed(kernel.packed(call));
-  parallel(n_shares, [&](int n) { kernel.pack(call, n, n_shares, packed); });
 
-  std::vector<Buffer<T>> values;
-  std::vector<Buffer<T*>> pointers;
-  std::vector<Buffer<int64_t>> numbers;
+  // In one piece: for what many small ones cost, and for huge pages.
+  size_t bytes = 0;
+  const auto place = [&](int64_t n, size_t size) {
+    const size_t at = bytes;
+    bytes += (n * size + Memory::kLine - 1) / Memory::kLine * Memory::kLine;
+    return at;
+  };
+  place(kernel.packed(call), sizeof(T));
+  std::vector<std::array<size_t, 3>> places;
   for (const Share& share : plan.shares) {
     const Workspace space = kernel.workspace(call, share);
-    values.emplace_back(space.values);
-    pointers.emplace_back(space.pointers);
-    numbers.emplace_back(space.numbers);
+    places.push_back({place(space.values, sizeof(T)), place(space.pointers, sizeof(T*)),
+                      place(space.numbers, sizeof(int64_t))});
   }
-  parallel(n_shares, [&](int n) {
-    kernel.run(call, plan.shares[n], packed, Scratch<T>{values[n], pointers[n], numbers[n]});
-  });
-  after(values);
+  const Memory memory(bytes);
+  char* at = static_cast<char*>(memory.get());
+  T* packed = reinterpret_cast<T*>(at);
+  std::vector<Scratch<T>> scratch;
+  for (const auto& [values, pointers, numbers] : places)
+    scratch.push_back({reinterpret_cast<T*>(at + values), reinterpret_cast<T**>(at + pointers),
+                       reinterpret_cast<int64_t*>(at + numbers)});
+
+  parallel(n_shares, [&](int n) { kernel.pack(call, n, n_shares, packed); });
+  parallel(n_shares, [&](int n) { kernel.run(call, plan.shares[n], packed, scratch[n]); });
+  after(scratch);
 }
 
 }  // namespace
 
 template <class T>
 void forward(const Kernels<T>& kernels, const Forward<T>& f, int threads) {
-  run(kernels.forward, f, threads, [](const std::vector<Buffer<T>>&) {});
+  run(kernels.forward, f, threads, [](const std::vector<Scratch<T>>&) {});
 }
 
 template <class T>
 void backward(const Kernels<T>& kernels, const Backward<T>& g, int threads) {
-  run(kernels.backward, g, threads, [&](const std::vector<Buffer<T>>& values) {
-    const std::vector<const T*> shares(values.begin(), values.end());
+  run(kernels.backward, g, threads, [&](const std::vector<Scratch<T>>& scratch) {
+    std::vector<const T*> shares;
+    for (const Scratch<T>& share : scratch) shares.push_back(share.values);
     const int n_shares = int(shares.size());
     parallel(n_shares, [&](int n) { kernels.reduce(g, shares.data(), n_shares, n, n_shares); });
   });

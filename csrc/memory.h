@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -12,11 +13,12 @@
 namespace sire_fast {
 
 // Not initialised; starts at a cache line. Large memory is kept when it is given back, for the next call:
-// each of its pages costs as much time when it is new as a few rows take to compute. The system may have it
-// when it runs short.
+// each of its pages costs as much time when it is new as a few rows take to compute. It is whole huge pages:
+// where small ones happen to lie decides how many of them the caches can hold at once. The system may have
+// most of it when it runs short.
 class Memory {
  public:
-  static constexpr size_t kLarge = size_t(1) << 20;
+  static constexpr size_t kLine = 64, kLarge = size_t(1) << 20;
 
   explicit Memory(size_t bytes) : block_(bytes < kLarge ? small(bytes) : large(bytes)) {}
   ~Memory() {
@@ -44,7 +46,10 @@ class Memory {
     int64_t taken = 0, blocks = 0;  // calls of large(), and blocks that it has from the system
   };
 
-  static constexpr size_t kLine = 64, kPage = 4096;
+  static constexpr size_t kHuge = size_t(2) << 20;
+  // To offer a block to the system interrupts all threads, which costs as much as some steps of a small
+  // layer: a few of up to this size are not offered.
+  static constexpr size_t kSpared = 4 * kHuge;
   // calls of large(), for each block that there is, after which one that nobody wants goes back to the system
   static constexpr int64_t kUnused = 16;
 
@@ -59,8 +64,10 @@ class Memory {
     return {p, bytes};
   }
 
-  // The smallest free block that fits, and is not more than twice as large, or a new one.
+  // The smallest free block that fits, and is not more than twice as large as a new one, or a new one.
   static Block large(size_t bytes) {
+    // the next call may want a little more
+    const size_t rounded = (bytes + bytes / 8 + kHuge - 1) / kHuge * kHuge;
     Pool& at = pool();
     {
       const std::lock_guard<std::mutex> lock(at.mutex);
@@ -73,7 +80,7 @@ class Memory {
       at.free.erase(old, at.free.end());
       auto best = at.free.end();
       for (auto b = at.free.begin(); b != at.free.end(); ++b)
-        if (bytes <= b->bytes && b->bytes / 2 <= bytes && (best == at.free.end() || b->bytes < best->bytes))
+        if (bytes <= b->bytes && b->bytes <= 2 * rounded && (best == at.free.end() || b->bytes < best->bytes))
           best = b;
       if (best != at.free.end()) {
         const Block found = *best;
@@ -82,10 +89,12 @@ class Memory {
       }
       ++at.blocks;
     }
-    const size_t rounded =
-        (bytes + bytes / 8) / kPage * kPage + kPage;  // the next call may want a little more
-    void* p = mmap(nullptr, rounded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED) throw std::bad_alloc();
+    void* mapped = mmap(nullptr, rounded + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    const size_t before = -reinterpret_cast<uintptr_t>(mapped) % kHuge;  // not every kernel aligns it
+    char* p = static_cast<char*>(mapped) + before;
+    if (before) munmap(mapped, before);
+    munmap(p + rounded, kHuge - before);
 #ifdef MADV_HUGEPAGE
     madvise(p, rounded, MADV_HUGEPAGE);  // advice: no matter if it is not taken
 #endif
@@ -93,11 +102,11 @@ class Memory {
   }
 
   static void give(Block block) {
-#ifdef MADV_FREE
-    madvise(block.p, block.bytes, MADV_FREE);
-#endif
     Pool& at = pool();
     const std::lock_guard<std::mutex> lock(at.mutex);
+#ifdef MADV_FREE
+    if (block.bytes > kSpared || at.free.size() >= kSpared / kHuge) madvise(block.p, block.bytes, MADV_FREE);
+#endif
     block.given = at.taken;
     at.free.push_back(block);
   }

@@ -241,12 +241,24 @@ def test_large_memory_serves_one_call_after_the_other() -> None:
     assert_as_good_as_reference("lstm", make(case), torch.float32, "cpu")
 
 
+def address(memory: Any) -> int:
+    return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+
+
+def test_memory_of_any_size_is_kept() -> None:
+    code = """
+import torch, sire_fast
+def first(size):
+    return torch.frombuffer(sire_fast._C.Memory(size), dtype=torch.uint8)[0]
+for size in reversed(range(1 << 20, 6 << 20, 100_007)):  # larger memory would not do for a smaller size
+    first(size).fill_(1)
+    assert first(size) == 1, size
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_large_memory_is_kept() -> None:
     """For the next call that needs about as much, not for one that needs far less."""
-
-    def address(memory: Any) -> int:
-        return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-
     size = 1 << 30  # as no other test leaves
     first, second = _C.Memory(size), _C.Memory(size)
     was = address(first)
