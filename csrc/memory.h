@@ -48,8 +48,8 @@ class Memory {
 
   static constexpr size_t kHuge = size_t(2) << 20;
   // To offer a block to the system interrupts all threads, which costs as much as some steps of a small
-  // layer: a few of up to this size are not offered.
-  static constexpr size_t kSpared = 4 * kHuge;
+  // layer: some of up to this size are not offered.
+  static constexpr size_t kSpared = 4 * kHuge, kSparedBlocks = 8;
   // calls of large(), for each block that there is, after which one that nobody wants goes back to the system
   static constexpr int64_t kUnused = 16;
 
@@ -105,7 +105,7 @@ class Memory {
     Pool& at = pool();
     const std::lock_guard<std::mutex> lock(at.mutex);
 #ifdef MADV_FREE
-    if (block.bytes > kSpared || at.free.size() >= kSpared / kHuge) madvise(block.p, block.bytes, MADV_FREE);
+    if (block.bytes > kSpared || at.free.size() >= kSparedBlocks) madvise(block.p, block.bytes, MADV_FREE);
 #endif
     block.given = at.taken;
     at.free.push_back(block);

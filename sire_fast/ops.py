@@ -98,12 +98,13 @@ def _outputs(
     empty: Callable[..., Tensor], cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any
 ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
     """The outputs of swap_rnn, not filled, None for those that a call does not have; and the inputs, x to lengths.
-    What the backward keeps lies in memory from `empty`, see Backend."""
+    Where a backward follows they lie in memory from `empty`, see Backend."""
     *inputs, span_rows, train = arguments
     x, h0, swaps = inputs[0], inputs[5], inputs[7]
     wide = torch.promote_types(x.dtype, torch.float32)
     *shapes, gates, spans = _shapes(cell, backend, recompute, x, h0, swaps, span_rows, train)
-    states = [None if shape is None else x.new_empty(shape, dtype=wide) for shape in shapes]
+    state = empty if train else Tensor.new_empty
+    states = [None if shape is None else state(x, shape, dtype=wide) for shape in shapes]
     return (*states, empty(x, gates, dtype=x.dtype), empty(x, spans, dtype=wide)), inputs
 
 
@@ -336,20 +337,29 @@ def _differentiable(cell: str, backend: str, arithmetic: str, recompute: bool, *
 
 
 def _gradients(
-    needs: Sequence[bool], x: Tensor, w_ih: Any, b_ih: Any, w_hh: Tensor, b_hh: Any, h0: Tensor
+    empty: Callable[..., Tensor],
+    needs: Sequence[bool],
+    x: Tensor,
+    w_ih: Any,
+    b_ih: Any,
+    w_hh: Tensor,
+    b_hh: Any,
+    h0: Tensor,
 ) -> list[Tensor | None]:
-    """The gradients, not filled; None for those that are not needed."""
+    """The gradients, not filled, that of x in memory from `empty`; None for those that are not needed."""
     width = w_hh.shape[0]
-    shapes = (x.shape, w_ih is not None and w_ih.shape, (width,), w_hh.shape, (width,), h0.shape, h0.shape)
-    return [h0.new_empty(shape) if need else None for shape, need in zip(shapes, needs, strict=True)]
+    shapes = (w_ih is not None and w_ih.shape, (width,), w_hh.shape, (width,), h0.shape, h0.shape)
+    others = [h0.new_empty(shape) if need else None for shape, need in zip(shapes, needs[1:], strict=True)]
+    return [empty(h0, x.shape, dtype=h0.dtype) if needs[0] else None, *others]
 
 
 def _run_backward(
     cell: str, backend: str, arithmetic: str, recompute: bool, needs: Sequence[bool], *tensors: Any
 ) -> list[Tensor | None]:
     """swap_rnn_backward for gradients, and what follows them, that have been checked."""
-    computed = _gradients(needs, *tensors[_DIFFERENTIABLE:][:6])
-    KERNELS[backend].backward(cell, arithmetic, recompute, _contiguous(tensors), computed)
+    kernels = KERNELS[backend]
+    computed = _gradients(kernels.empty, needs, *tensors[_DIFFERENTIABLE:][:6])
+    kernels.backward(cell, arithmetic, recompute, _contiguous(tensors), computed)
     return computed
 
 
@@ -371,7 +381,7 @@ def _fake_backward(
 ) -> tuple[Tensor, ...]:
     *kept, needs = arguments
     _check_backward(cell, backend, arithmetic, recompute, grads, *kept)
-    return _full(_gradients(needs, *kept[:6]), kept[5])
+    return _full(_gradients(Tensor.new_empty, needs, *kept[:6]), kept[5])
 
 
 @torch.library.impl("sire_fast::swap_rnn_backward", "CompositeExplicitAutograd")

@@ -257,6 +257,17 @@ for size in reversed(range(1 << 20, 6 << 20, 100_007)):  # larger memory would n
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_outputs_in_kept_memory_may_be_changed_in_place() -> None:
+    case = cast(make(Case("gru", 64, 32, 128, 4, inputs=3)), torch.float32)
+    results = []
+    for backend in ("reference", "cpu"):
+        output = functional.swap_rnn("gru", **case, backend=backend).output
+        assert output.nbytes >= _C.Memory.large
+        output = (output.clone() if backend == "reference" else output).mul_(2)
+        results.append(torch.autograd.grad(output.square().sum(), case["w_hh"])[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 def test_large_memory_is_kept() -> None:
     """For the next call that needs about as much, not for one that needs far less."""
     size = 1 << 30  # as no other test leaves

@@ -39,7 +39,7 @@ class Backend(Protocol):
         """Shapes of the operator's outputs `gates` and `spans`, which its own backward reads."""
 
     def empty(self, like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-        """A tensor on the device of another, not filled, for what a forward keeps."""
+        """A tensor on the device of another, not filled, for what a step keeps or passes on."""
 
     def forward(
         self,

@@ -94,7 +94,8 @@ def empty(like: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor
     count = math.prod(shape)
     if count * dtype.itemsize < _C.Memory.large:
         return like.new_empty(shape, dtype=dtype)
-    return torch.frombuffer(_C.Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape)
+    # .data: of a view, autograd would forbid changes in place
+    return torch.frombuffer(_C.Memory(count * dtype.itemsize), dtype=dtype, count=count).view(shape).data
 
 
 def forward(
