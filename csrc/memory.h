@@ -13,9 +13,8 @@
 namespace sire_fast {
 
 // Not initialised; starts at a cache line. Large memory is kept when it is given back, for the next call:
-// each of its pages costs as much time when it is new as a few rows take to compute. It is whole huge pages:
-// where small ones happen to lie decides how many of them the caches can hold at once. The system may have
-// most of it when it runs short.
+// each of its pages costs as much time when it is new as a few rows take to compute. It is whole huge pages,
+// of which a call needs few. The system may have most of it when it runs short.
 class Memory {
  public:
   static constexpr size_t kLine = 64, kLarge = size_t(1) << 20;

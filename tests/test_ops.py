@@ -119,7 +119,7 @@ def test_more_variants_than_a_warp_has_lanes(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e3])
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # NumPy's, of exp
 def test_gates_from_linear_to_saturated(cell: str, scale: float, backend: str) -> None:
@@ -241,7 +241,7 @@ def test_large_memory_serves_one_call_after_the_other() -> None:
     assert_as_good_as_reference("lstm", make(case), torch.float32, "cpu")
 
 
-def address(memory: Any) -> int:
+def _address(memory: Any) -> int:
     return torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
 
 
@@ -272,11 +272,11 @@ def test_large_memory_is_kept() -> None:
     """For the next call that needs about as much, not for one that needs far less."""
     size = 1 << 30  # as no other test leaves
     first, second = _C.Memory(size), _C.Memory(size)
-    was = address(first)
-    assert address(second) != was
+    was = _address(first)
+    assert _address(second) != was
     del first
-    assert address(_C.Memory(_C.Memory.large)) != was
-    assert address(_C.Memory(size + 1)) == was
+    assert _address(_C.Memory(_C.Memory.large)) != was
+    assert _address(_C.Memory(size + 1)) == was
     if sys.platform == "linux":
         assert _mapped(was)
         for _ in range(10_000):  # calls in which nobody wants it
