@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cstdlib>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -24,8 +26,22 @@ std::vector<const InstructionSet*> instruction_sets() {
   return sets;
 }
 
+namespace {
+
+// The best of this machine within the limit that a user sets for torch: one for both.
+const InstructionSet* best() {
+  const char* const given = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string limit = given ? given : "";
+  const std::string beyond = limit == "default" ? "Avx" : limit == "avx2" ? "Avx512" : "none";
+  for (const auto* set : instruction_sets())
+    if (std::string(set->name).rfind(beyond, 0) != 0) return set;
+  return &kBaseline;
+}
+
+}  // namespace
+
 const InstructionSet*& instruction_set() {
-  static const InstructionSet* current = instruction_sets().front();
+  static const InstructionSet* current = best();
   return current;
 }
 

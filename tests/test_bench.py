@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -153,16 +154,21 @@ def test_the_swaps_are_drawn_anew_in_every_step():
         assert len({step().item() for _ in range(8)}) > 1
 
 
-def test_rounds_are_interleaved_and_warm_up_is_not_counted(monkeypatch):
-    ran, rounds = [], []
-    clock = iter(range(1000))
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
-    steps = {name: lambda name=name: ran.append(name) for name in "abc"}
+def test_rounds_are_interleaved_and_what_follows_another_step_is_not_counted(monkeypatch):
+    ran, rounds, now = [], [], [0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+
+    def step(name):
+        now[0] += 1 if ran[-1:] == [name] else 100
+        ran.append(name)
+
+    steps = {name: partial(step, name) for name in "abc"}
     seconds = benchmark.measure(steps, 20, lambda: rounds.append(len(ran)))
     assert {name: len(times) for name, times in seconds.items()} == {"a": 20, "b": 20, "c": 20}
     assert all({*times} == {1} for times in seconds.values())
-    assert rounds == [3 * n for n in range(1, benchmark.WARM_UP + 20 + 1)]
-    orders = {"".join(ran[n : n + 3]) for n in range(0, len(ran), 3)}
+    assert rounds == [6 * n for n in range(1, benchmark.WARM_UP + 20 + 1)]
+    assert ran[::2] == ran[1::2]
+    orders = {"".join(ran[n : n + 6 : 2]) for n in range(0, len(ran), 6)}
     assert len(orders) > 3
     assert {"".join(sorted(order)) for order in orders} == {"abc"}
 
@@ -200,7 +206,7 @@ def test_the_rate_is_that_of_the_swaps_of_each_round(monkeypatch):
     found = suite.measured(setting, ["sire_fast", "sire_fast plain"], 3, 64, lambda: None)
     best = 2 * 64**3
     assert found.flops == 3 * [best]
-    assert found.rates["sire_fast"] == [suite.operations(setting, pairs) / best for pairs in drawn[-3:]]
+    assert found.rates["sire_fast"] == [suite.operations(setting, pairs) / best for pairs in drawn[-5::2]]
     assert found.rates["sire_fast plain"] == 3 * [suite.operations(setting) / best]
     assert len({*found.rates["sire_fast"]}) > 1
 

@@ -56,6 +56,14 @@ def test_without_the_extension_one_warning_says_why_and_the_reference_serves() -
     assert "without its compiled kernels" in done.stderr
 
 
+@pytest.mark.parametrize(("limit", "sets"), [("avx2", ("Avx2", "Baseline")), ("default", ("Baseline",))])
+def test_the_kernels_keep_to_the_instruction_set_that_torch_is_limited_to(limit: str, sets: tuple, monkeypatch) -> None:
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", limit)
+    done = _python("from sire_fast import _C; print(_C.instruction_set(), *_C.instruction_sets())")
+    serves, *has = done.stdout.split()
+    assert serves == next(name for name in sets if name in has), done.stderr
+
+
 @pytest.mark.proof
 def test_a_build_without_a_compiler_installs_and_works(tmp_path: Path) -> None:
     source, site = tmp_path / "source", tmp_path / "site"
