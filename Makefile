@@ -2,7 +2,7 @@
 # make test   sets up .venv, runs the tests but the long ones: eight minutes
 # make proof  the long ones, on which nothing else depends
 # make test-torch  what depends on torch the most, with the oldest that is supported; TORCH=2.12.0 with another
-# make bench  sets up .venv, measures against torch and others into bench/results: five minutes on two quiet cores
+# make bench  sets up .venv, measures against torch and others into bench/results: seven minutes on two quiet cores
 # make docs   the documentation as a site, into site/
 # make lint   ruff, clang-format, mypy; make format applies the first two
 PYTHON ?= python3
