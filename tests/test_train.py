@@ -68,6 +68,12 @@ def test_the_penalty_lowers_order_sensitivity(tmp_path):
     assert mean["uniform:4"] < mean["none"] / 2
 
 
+def test_batches_too_short_to_swap_pass_in_silence(tmp_path, recwarn):
+    assert 1 in TASKS["parity"].train_lengths
+    start(tmp_path / "run", task="parity", steps=30, swaps="uniform:4").train()
+    assert not recwarn.list
+
+
 def test_files_of_a_run(tmp_path):
     run = start(tmp_path / "run", steps=250)
     result = run.train()

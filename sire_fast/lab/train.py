@@ -22,6 +22,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -384,7 +385,7 @@ class Run:
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
         by_first(lambda: write(self.directory / HISTORY, lambda temporary: temporary.write_text(lines)))
         every = math.ceil(self.config.steps / RECORDS)
-        with _interrupts_held() as interrupted:
+        with _interrupts_held() as interrupted, too_short_to_swap():
             while self.step < self.config.steps:
                 loss, penalty = self.advance()
                 if report:
@@ -487,6 +488,14 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def too_short_to_swap() -> Iterator[None]:
+    """Pass over batches of such sequences in silence, where others are longer; the published sampler needs three steps."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "sire_fast: .* nothing to swap in sequences of [12] step", UserWarning)
+        yield
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,7 @@ from sire_fast.lab import baselines, benchmark
 from sire_fast.lab.paper import data
 from sire_fast.lab.paper.problems import Classes, LocalImages, Sequences
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import CLIP, write
+from sire_fast.lab.train import CLIP, too_short_to_swap, write
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
 
@@ -380,9 +379,7 @@ def _done(path: Path, trial: Trial) -> bool:
 
 def _run_into(path: Path, trial: Trial) -> None:
     checkpoint = path.with_suffix(".pt")
-    with warnings.catch_warnings():
-        # some batches of parity are such; the published sampler needs three steps
-        warnings.filterwarnings("ignore", "sire_fast: .* nothing to swap in sequences of [12] step", UserWarning)
+    with too_short_to_swap():
         found = run(trial, checkpoint)
     text = json.dumps(found) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
