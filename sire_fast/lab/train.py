@@ -492,7 +492,7 @@ def write(path: Path, writer: Callable[[Path], object]) -> None:
 
 @contextmanager
 def too_short_to_swap() -> Iterator[None]:
-    """Pass over batches of such sequences in silence, where others are longer; the published sampler needs three steps."""
+    """Be silent of such batches, which some tasks have among others; the published sampler needs three steps."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "sire_fast: .* nothing to swap in sequences of [12] step", UserWarning)
         yield

@@ -61,8 +61,8 @@ class Experiment:
     Attributes:
         about: its question.
         cases: its rows.
-        picture: "test" (curves over test lengths, or dots), "history" (validation against seconds), "epochs" (against
-            epochs) or "heat map".
+        picture: "test" (curves over test lengths, or dots), "history" (validation of each seed against seconds),
+            "epochs" (its mean over the seeds against epochs) or "heat map".
         published: (setting, method) -> accuracy, from the paper, on the data named
         published_on: how the names of such data begin. A gap to other data would say nothing.
         at: the test lengths that overviews tell, where there are several; of classes also how many seeds have an
@@ -368,7 +368,11 @@ EXPERIMENTS = {
         "sums, ranges and variances, 300 epochs of 100,000 sequences", _figure2_long, "epochs", seeds=3
     ),
     "warm-up": Experiment(
-        "parity with three units: weight of the penalty early in training", _warm_up, at=("100",), seeds=20
+        "parity with three units: weight of the penalty early in training",
+        _warm_up,
+        "epochs",
+        at=("100",),
+        seeds=20,
     ),
     "table1": Experiment(
         "classes of point clouds",

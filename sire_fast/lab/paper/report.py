@@ -72,9 +72,11 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["published"] = published
                 if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
                     row["gap"] = row["metrics"][own]["test"]["mean"] - published
-            if experiment.picture in ("history", "epochs") and budget == "steps":
-                row["epoch"] = runs[0]["epoch"]
-                row["history"] = [run["history"] for run in runs]
+            histories = [run["history"] for run in runs]
+            if budget == "steps" and experiment.picture == "history":
+                row["history"] = histories
+            if budget == "steps" and experiment.picture == "epochs":
+                row["epoch"], row["history"] = runs[0]["epoch"], [_mean_history(histories)]
             rows.append(row)
     runs = [run for runs in results for run in runs]
     return {
@@ -93,6 +95,14 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
 def _spread(values: list[float]) -> dict[str, float | None]:
     """Mean and standard deviation, which one value does not have."""
     return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _mean_history(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Of runs that were validated at the same steps; as far as all of them go."""
+    return [
+        {"step": lines[0]["step"], "validation": statistics.fmean(line["validation"] for line in lines)}
+        for lines in zip(*runs, strict=False)
+    ]
 
 
 def _reaching(run: dict[str, Any], target: float) -> dict[str, float] | None:
@@ -348,13 +358,13 @@ def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str,
     for row in rows:
         key, factor = ("step", row["config"]["batch"] / row["epoch"]) if kind == "epochs" else ("seconds", 1)
         for n, lines in enumerate(row["history"]):
-            style = styles[row["method"]] | {"marker": None, "alpha": 0.8}
+            style = styles[row["method"]] | {"markevery": max(1, len(lines) // 8), "alpha": 0.8}
             label = None if n else row["method"]
             axes.plot([factor * p[key] for p in lines], [p["validation"] for p in lines], label=label, **style)
     metric = next(iter(rows[0]["metrics"]))
     axes.set(xlabel="epochs" if kind == "epochs" else "seconds of training on a core", ylabel=f"validation {metric}")
     if metric == "accuracy":
-        axes.set_ylim(0, 1.02)
+        axes.set_ylim(top=1.02)
     else:
         _logarithmic(axes, "y")
 
