@@ -475,7 +475,8 @@ def test_a_history_against_epochs_is_the_mean_over_seeds():
     better = run | {"history": [first | {"validation": first["validation"] + 0.5}]}  # and ended earlier
     experiment = experiments.Experiment("about", lambda: iter(()), "epochs")
     (row,) = report.summary("name", experiment, [case], [[run, better]])["rows"]
-    assert others and row["epoch"] == run["epoch"]
+    assert others
+    assert row["epoch"] == run["epoch"]
     assert row["history"] == [[{"step": first["step"], "validation": pytest.approx(first["validation"] + 0.25)}]]
 
 
