@@ -31,11 +31,6 @@ void zero(int64_t n, T* to) {
   for (int64_t k = 0; k < n; ++k) to[k] = 0;
 }
 
-template <class T>
-void add(int64_t n, const T* from, T* to) {
-  for (int64_t k = 0; k < n; ++k) to[k] += from[k];
-}
-
 // Sets "denormals are zero" for the life of the object: they are harmless here and many times slower.
 class FlushDenormals {
  public:
@@ -63,6 +58,14 @@ SIRE_FN void each_vector(int64_t n, F body) {
   int64_t h = 0;
   for (; h + Math<T>::width <= n; h += Math<T>::width) body(h);
   if (h < n) body(h, int(n - h));
+}
+
+template <class T>
+void add(int64_t n, const T* from, T* to) {
+  using M = Math<T>;
+  each_vector<T>(n, [&](int64_t k, auto... rest) __attribute__((always_inline)) {
+    M::store(to + k, M::load(to + k, rest...) + M::load(from + k, rest...), rest...);
+  });
 }
 
 // One row's step: x and u are (G*H), s and next (H) each, gates (N*H) or null.

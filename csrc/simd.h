@@ -85,14 +85,36 @@ struct Math : Vector<T> {
 
   static SIRE_FN void store(T* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
+  // the first n values of a vector
   static SIRE_FN V load(const T* p, int n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      return _mm512_maskz_loadu_ps((1u << n) - 1, p);
+    else
+      return _mm512_maskz_loadu_pd((1u << n) - 1, p);
+#elif defined(__AVX2__)
+    I number;
+    for (int l = 0; l < width; ++l) number[l] = l;
+    if constexpr (sizeof(T) == 4)
+      return _mm256_maskload_ps(p, (__m256i)(number < n));
+    else
+      return _mm256_maskload_pd(p, (__m256i)(number < n));
+#else
     V v{};
     for (int l = 0; l < n; ++l) v[l] = p[l];
     return v;
+#endif
   }
 
   static SIRE_FN void store(T* p, V v, int n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+      _mm512_mask_storeu_ps(p, (1u << n) - 1, v);
+    else
+      _mm512_mask_storeu_pd(p, (1u << n) - 1, v);
+#else
     for (int l = 0; l < n; ++l) p[l] = v[l];
+#endif
   }
 
   // x = power * ln 2 + r, |r| <= ln(2) / 2: returns 2^power and, in less, exp(r) - 1
