@@ -19,7 +19,8 @@ from sire_fast.swaps import Blocks
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_LAYERS = (nn.RNN, nn.GRU, nn.LSTM, _SwapLayer)
+_LAYERS = (nn.RNN, nn.GRU, nn.LSTM)
+_FORWARDS = (_SwapLayer.forward, *(layer.forward for layer in _LAYERS))  # what the operator computes
 _NOISE = 0.01  # smallest change that the picture shows, as a part of the answers' size
 
 
@@ -243,8 +244,9 @@ class _Changes:
 
 def _has_kernel(model: Any) -> bool:
     """Whether the operator computes what the model does, on a kernel."""
-    plain = isinstance(model, _SwapLayer) or type(model) in _LAYERS
-    if not plain or model._forward_pre_hooks or model._forward_hooks:  # a hook may change anything
+    if not isinstance(model, _LAYERS) or type(model).forward not in _FORWARDS or "forward" in vars(model):
+        return False
+    if model._forward_pre_hooks or model._forward_hooks:  # which may change anything
         return False
     if model.num_layers > 1 or model.bidirectional or model.proj_size:
         return False

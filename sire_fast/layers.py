@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from sire_fast import backends, ops, passes
 from sire_fast import swaps as samplers
 from sire_fast.cells import CELLS, States
-from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Weight, in_backward, runs_again, warn
+from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Note, Weight, in_backward, runs_again, warn
 from sire_fast.passes import Compared, Network, Pairs
 from sire_fast.reference import check_lengths, has_values
 from sire_fast.swaps import Adjacent, Sampler
@@ -99,9 +99,9 @@ class _SwapLayer(nn.RNNBase):
 
     @property
     def backend(self) -> str:
-        """What runs this layer in training with swaps: one of sire_fast.backends.BACKENDS, or "torch" for torch's own
-        layer."""
-        return "torch" if self.why_not_fused() else backends.choose("auto", **self._network.call())
+        """What computes this layer in training, fused or all steps of the stacked variants: one of
+        sire_fast.backends.BACKENDS, or "torch" for torch's own layer."""
+        return passes.backend(self._network)
 
     @property
     def _network(self) -> Network:
@@ -138,9 +138,11 @@ class _SwapLayer(nn.RNNBase):
             return self._plain(input, hx, lengths)
         if self._ledger.watcher is None or torch.compiler.is_compiling():
             return self._with_variants(input, hx, lengths)
-        if not in_backward():
-            self._watch(input, hx, lengths)
-        return self._plain(input, hx, lengths)
+        note = None if in_backward() else self._watch(input, hx, lengths)
+        output, last = self._plain(input, hx, lengths)
+        if note:
+            note.ends_with(output.data if isinstance(output, PackedSequence) else output)
+        return output, last
 
     def _plain(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> tuple[Any, Any]:
         """Torch's layer, on our kernels where they serve."""
@@ -178,14 +180,14 @@ class _SwapLayer(nn.RNNBase):
         return _returned(output, *self._ledger.enter(weights, compared, output, last), restore)
 
     @torch.no_grad()
-    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> None:
+    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> Note | None:
         """Tell the ledger the penalty, and leave no trace: the random numbers of dropout are drawn again afterwards."""
         if self._is_torchs(input, hx):
-            return
+            return None
         x, lengths, states, _ = self._unify(input, hx, lengths)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             pairs = Pairs(self._draw(x, lengths, self._ledger.watcher), self.compare, self._longest)
-            self._ledger.watch(passes.with_swaps(self._network, x, lengths, states, pairs)[-1].penalty)
+            return self._ledger.note(passes.with_swaps(self._network, x, lengths, states, pairs)[-1].penalty)
 
     def _is_torchs(self, input: Tensor | PackedSequence, hx: Any) -> bool:
         """Whether torch's own forward is to answer: with an error, where the states' dtype does not fit, or with empty

@@ -13,7 +13,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from numbers import Real
 from types import FrameType
@@ -88,7 +88,8 @@ class Note(Mark):
     Attributes:
         count: of its variants.
         total: of their penalties, detached.
-        node: weak, of the graph, which is gone when nobody holds what the forward returned; None where it is not known.
+        node: weak, of the graph or held by it, which is gone when nobody holds what the forward returned; None where it
+            is not known.
         joined: whether the penalty has.
     """
 
@@ -102,6 +103,18 @@ class Note(Mark):
     @property
     def counts(self) -> bool:
         return self.differentiated or self.node is None or self.node() is not None
+
+    def ends_with(self, output: Tensor) -> None:
+        """Learn of a backward through what the forward returned, which leaves no trace in it."""
+
+        def differentiated(*_: Any) -> None:  # held by the graph alone
+            self.differentiated = self.round.differentiated = True
+
+        if output.grad_fn is None or torch._C._are_functorch_transforms_active():
+            differentiated()
+        else:
+            output.grad_fn.register_hook(differentiated)
+            self.node = weakref.ref(differentiated)
 
 
 class Round:
@@ -179,6 +192,7 @@ class Ledger:
         self.joins = weight is not None
         # of the last run of a compiled function: what its forwards compare, or else their notes
         self.traced: tuple[Any, ...] = ()
+        self._ran_by: _State | None = None  # the state of the thread that has run it
         watches = isinstance(weight, Real) and weight == 0
         self.watcher = torch.Generator().manual_seed(torch.initial_seed()) if watches else None
         self.key = next(_keys)
@@ -220,7 +234,7 @@ class Ledger:
             if transformed:
                 output, *last = _GiveTransformed.apply(self, compared.penalty, output, *last)
                 return output, tuple(last)
-            note = self._note(compared.penalty)
+            note = self.note(compared.penalty)
             if not torch.is_grad_enabled():
                 return output, last
             output, *last = _Give.apply(self, note, weights[0], compared.penalty, output, *last)
@@ -249,12 +263,7 @@ class Ledger:
             _let_go(state.forwards)
         return output, tuple(last)
 
-    def watch(self, penalty: Tensor) -> None:
-        """Note a penalty that joins nowhere."""
-        self._state.round = Round()
-        self._state.round.add(penalty)
-
-    def _note(self, penalty: Tensor) -> Note:
+    def note(self, penalty: Tensor) -> Note:
         """A forward, which counts in its round unless a backward runs it again."""
         state = self._state
         with state.lock:
@@ -278,9 +287,9 @@ class Ledger:
         """Put away what the last run of a compiled function compares, before another takes its place."""
         if in_backward():
             return
-        earlier = self._state.earlier
+        earlier = (self._ran_by or self._state).earlier
         earlier[:] = [c for c in (*earlier, *self.traced) if not _freed(c.penalty)]
-        self.traced = ()
+        self.traced, self._ran_by = (), self._state
         if len(earlier) > _HELD:
             del earlier[:-_HELD]
             warn(_DROPPED)
@@ -308,7 +317,8 @@ class Ledger:
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
-        traced = [c for c in (*state.earlier, *self.traced) if not _freed(c.penalty)]
+        last = self.traced if self._ran_by is state else ()
+        traced = [c for c in (*state.earlier, *last) if not _freed(c.penalty)]
         forwards = [(f.found(), f.mark) for f in state.forwards if not f.over]
         return [*((c, mark) for c, mark in forwards if c is not None), *((c, None) for c in traced)]
 
@@ -336,7 +346,8 @@ class Ledger:
 
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
-_notes: dict[int, Note] = {}  # the last ones of compiled functions
+_NOTES = 4096
+_notes: OrderedDict[int, tuple[Note, Ledger]] = OrderedDict()  # the last ones of compiled functions
 
 
 def _let_go(forwards: list[Forward]) -> None:
@@ -477,10 +488,11 @@ class _GiveTraced(torch.autograd.Function):
 
 @torch.library.impl("sire_fast::note", "CompositeExplicitAutograd")
 def _note(penalty: Tensor, ledger: int) -> Tensor:
-    note = _ledgers[ledger]._note(penalty)
-    _notes[note.key] = note
-    while len(_notes) > 256:
-        del _notes[next(iter(_notes))]
+    written = _ledgers[ledger]
+    note = written.note(penalty)
+    _notes[note.key] = note, written
+    if len(_notes) > _NOTES:
+        _notes.popitem(last=False)
     return torch.tensor(note.key)
 
 
@@ -491,9 +503,14 @@ def _noted(penalty: Tensor, ledger: int) -> Tensor:
 
 @torch.library.impl("sire_fast::share", "CompositeExplicitAutograd")
 def _share(gradient: Tensor, note: Tensor, ledger: int) -> Tensor:
-    noted = _notes[int(note)]
+    found = _notes.get(int(note))
+    if found is None:
+        raise RuntimeError(
+            f"sire_fast: over {_NOTES} forwards of compiled layers came after this one: run its backward earlier"
+        )
+    noted, written = found
     joins, noted.joined = not noted.joined, True
-    return _ledgers[ledger].share(noted, gradient) * joins
+    return written.share(noted, gradient) * joins
 
 
 @torch.library.register_fake("sire_fast::share")

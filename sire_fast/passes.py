@@ -116,6 +116,12 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
     return reasons
 
 
+def backend(network: Network) -> str:
+    """What computes a network: one of sire_fast.backends.BACKENDS, or "torch" for torch's own layers."""
+    call = network.call()
+    return "torch" if network.projected or _why_no_kernel(call) else backends.choose("auto", **call)
+
+
 def _why_no_kernel(call: dict[str, Any]) -> list[str]:
     reasons = backends.why_no_kernel(**call)
     if reasons or backends.forced() or call["device"].type != "cuda":
@@ -211,8 +217,7 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
     both = with_variants(x, pairs.swaps).flatten(1, 2)  # (T, B * (1 + K), I)
     states = tuple(s.repeat_interleave(rows, 1) for s in hx)
     lengths = None if lengths is None else lengths.repeat_interleave(rows)
-    on_kernels = not (network.projected or _why_no_kernel(network.call()))
-    y, last = plain(network, both, lengths, states, on_kernels, rows)
+    y, last = plain(network, both, lengths, states, backend(network) != "torch", rows)
     y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
     final = tuple(s.unflatten(1, (batch, rows)) for s in last)
 

@@ -161,17 +161,24 @@ def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: list[Tensor], dim:
     first, rest = fn(inputs[0]), inputs[1:]
     after = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in cuda]
     batch = inputs[0].shape[dim]
-    if not isinstance(first, Tensor) or first.dim() == 0 or first.shape[0] != batch:
-        got = tuple(first.shape) if isinstance(first, Tensor) else f"a {type(first).__name__}"
-        raise ValueError(f"{name}: expected a result of shape ({batch}, ...), got {got}")
+    _check_result(name, first, batch)
     if not rest:
         return [first]
     if all(torch.equal(a, b) for a, b in zip([before[0], *before[1]], [after[0], *after[1]], strict=True)):
-        return [first, *fn(torch.cat(rest, dim)).chunk(len(rest))]
+        others = fn(torch.cat(rest, dim))
+        _check_result(name, others, batch * len(rest))
+        return [first, *others.chunk(len(rest))]
     results = [first]
     for x in rest:
         torch.set_rng_state(before[0])
         for device, state in zip(cuda, before[1], strict=True):
             torch.cuda.set_rng_state(state, device)
         results.append(fn(x))
+        _check_result(name, results[-1], batch)
     return results
+
+
+def _check_result(name: str, result: object, batch: int) -> None:
+    if not isinstance(result, Tensor) or result.dim() == 0 or result.shape[0] != batch:
+        got = tuple(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
+        raise ValueError(f"{name}: expected a result of shape ({batch}, ...), got {got}")

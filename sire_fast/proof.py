@@ -391,7 +391,9 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
             hook.remove()
     rows = []
     for name, layer in layers.items():
-        if layer in given:
+        if type(layer).forward is not _SwapLayer.forward:
+            rows.append(Row(name, "", refused=[f"{name}: {type(layer).__name__} has a forward of its own"]))
+        elif layer in given:
             args, kwargs = given[layer]
             rows.append(_checked(name, layer, *args, **kwargs))
         else:
@@ -410,8 +412,8 @@ def _checked(name: str, layer: _SwapLayer, input: Any, hx: Any = None, lengths: 
         drawn = layer._draw(x, lengths, generator)
         pairs = Pairs(drawn, layer.compare, layer._longest)
     call = network.call()
-    reasons = passes.why_not_fused(network, swapping=pairs is not None)
-    by = "torch's layer" if reasons else backends.choose("auto", **call)
+    backend = passes.backend(network)
+    by = "torch's layer" if backend == "torch" else backend
     kind, dtype = x.device.type, call["dtype"]
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -454,8 +456,7 @@ def _results(
         flat = [weight for directions in layers for each in directions for weight in each]
         network = network._replace(weights=layers)
         if pairs is None:
-            on_kernels = not passes.why_not_fused(network, swapping=False)
-            output, last = passes.plain(network, x, lengths, states, on_kernels)
+            output, last = passes.plain(network, x, lengths, states, passes.backend(network) != "torch")
             values = {"output": output}
         else:
             output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)

@@ -187,6 +187,8 @@ def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:
     steps, batch = x.shape[:2]
     if swaps.dim() != 3 or swaps.shape[::2] != (batch, 2) or swaps.dtype != torch.int64:
         raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(swaps.shape)} {swaps.dtype}")
+    if lengths is not None:
+        check_lengths(steps, batch, lengths)
     check_positions(steps, swaps, *fill_defaults(x, swaps, None, lengths))
 
 
@@ -198,7 +200,7 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
     """
     if not _readable(swaps):
         return
-    check_lengths(steps, len(lengths), lengths)
+    check_lengths(steps, len(swaps), lengths)
     i, j = swaps.unbind(-1)
     limit = lengths[:, None]
     # one test for the usual case, in which nothing is wrong

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import sire_fast
-from sire_fast import backends
+from sire_fast import backends, ledger
 from sire_fast.swaps import Adjacent, Pairs, Uniform
 
 KINDS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
@@ -606,6 +606,18 @@ def test_a_weight_of_zero_only_watches() -> None:
     assert sire_fast.penalty(ours) > 0
 
 
+def test_a_weight_of_zero_tells_the_mean_up_to_the_last_backward(layer: sire_fast.GRU) -> None:
+    expected = (_penalty_of(layer, X) * 8 + _penalty_of(layer, Y) * 18) / 26
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0)
+    for _ in range(2):
+        for _ in range(3):
+            layer(X)  # dropped: it counts no more
+        loss = layer(X)[0].sum() + layer(Y)[0].sum()
+        torch.testing.assert_close(sire_fast.penalty(layer), expected)
+        loss.backward()
+        torch.testing.assert_close(sire_fast.penalty(layer), expected)
+
+
 def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
     """Two losses of one forward, each with its backward."""
     (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
@@ -656,6 +668,39 @@ def test_all_runs_of_compiled_functions_count(layer: sire_fast.GRU) -> None:
         (loss + penalty).backward()
     with pytest.raises(RuntimeError, match="run a forward in training mode first"):
         sire_fast.penalty(layer)
+
+
+def test_each_thread_has_its_own_runs_of_a_compiled_function(layer: sire_fast.GRU) -> None:
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: layer(x)[0].sum(), backend="aot_eager")
+    kept, told = [run(X)], []
+
+    def other() -> None:
+        with pytest.raises(RuntimeError, match="run a forward in training mode first"):
+            sire_fast.penalty(layer)
+        kept.append(run(Y))
+        told.append(sire_fast.penalty(layer))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close([sire_fast.penalty(layer), *told], [_penalty_of(layer, X), _penalty_of(layer, Y)])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_many_compiled_forwards_before_one_backward(layer: sire_fast.GRU, monkeypatch) -> None:
+    torch._dynamo.reset()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
+    sum(layer(X)[0].sum() for _ in range(300)).backward()
+    expected = _gradients(layer)
+    layer.zero_grad()
+    run = torch.compile(lambda x: layer(x)[0].sum(), backend="aot_eager")
+    sum(run(X) for _ in range(300)).backward()
+    torch.testing.assert_close(_gradients(layer), expected)
+    monkeypatch.setattr(ledger, "_NOTES", 3)
+    ledger._notes.clear()
+    with pytest.raises(RuntimeError, match="over 3 forwards of compiled layers came after this one"):
+        sum(run(X) for _ in range(5)).backward()
 
 
 def test_what_a_function_gives_must_be_a_weight(layer: sire_fast.GRU) -> None:

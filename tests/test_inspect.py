@@ -88,6 +88,39 @@ def test_a_hook_is_part_of_the_model() -> None:
     assert sire_fast.inspect(layer, x).worst.max() == 0
 
 
+class Sum(sire_fast.GRU):
+    def forward(self, x: Tensor, *others: Any) -> Any:  # type: ignore[override]
+        return super().forward(x.sum(0, keepdim=True).expand_as(x), *others)
+
+
+class Doubled(nn.RNNBase):
+    def forward(self, x: Tensor, hx: Any = None) -> Any:
+        output, last = super().forward(x, hx)
+        return 2 * output, 2 * last
+
+
+class Mixed(Doubled, nn.GRU):
+    pass
+
+
+def _replaced() -> nn.Module:
+    layer: Any = sire_fast.GRU(2, 3)
+    plain = layer.forward
+    layer.forward = lambda x: plain(x.cumsum(0))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [Sum(2, 3), Mixed(2, 3), sire_fast.convert(Mixed(2, 3)), _replaced()],
+    ids=["own", "mixin", "converted", "replaced"],
+)
+def test_a_forward_of_its_own_is_part_of_the_model(layer: Any) -> None:
+    x = torch.randn(5, 4, 2)
+    as_function = sire_fast.inspect(lambda x: layer(x)[0][-1], x)
+    torch.testing.assert_close(sire_fast.inspect(layer, x).heat_map, as_function.heat_map, equal_nan=True)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 7])
 def test_progress_grows_to_its_end(steps: int) -> None:
     seen: list[tuple[int, int]] = []

@@ -16,6 +16,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import sire_fast
+from sire_fast.integrations import Joined
 from sire_fast.schedules import AdaptiveWeight
 from sire_fast.swaps import Adjacent, Uniform
 
@@ -51,6 +52,24 @@ def optimise(model: nn.Module, loss: Callable[[], Tensor], steps: int = 40) -> n
         loss().backward()
         optimiser.step()
     return model.eval()
+
+
+def test_the_probe_leaves_modes_as_they_were() -> None:
+    model, fails = Model(), False
+
+    def predict(model: nn.Module, x: Tensor) -> Tensor:
+        assert not model.training
+        if fails:
+            raise ArithmeticError
+        return model(x)
+
+    model.head.eval()
+    joined = Joined(probe=data().tensors[0], predict=predict)
+    assert joined.order_sensitivity(model)["sire/order_sensitivity"] > 0
+    fails = True
+    with pytest.raises(ArithmeticError):
+        joined.order_sensitivity(model)
+    assert [model.training, model.rnn.training, model.head.training] == [True, True, False]
 
 
 def test_plain_loop() -> None:

@@ -296,6 +296,11 @@ def test_swap_penalty_refuses() -> None:
         sire_fast.swap_penalty(lambda x: x[-1], x, torch.tensor([[[0, 1]]]))
     with pytest.raises(ValueError, match=r"fn: expected a result of shape \(3, ...\)"):
         sire_fast.swap_penalty(lambda x: x.sum(), x, Uniform(2))
+    with pytest.raises(ValueError, match=r"fn: expected a result of shape \(6, ...\), got \(3, 4\)"):
+        sire_fast.swap_penalty(lambda x: x[-1, :3], x, Uniform(2))
+    for lengths in ([5], [5, 5], [5.0, 5, 5]):
+        with pytest.raises(ValueError, match=r"lengths: expected \(3,\) int64"):
+            sire_fast.swap_penalty(lambda x: x[-1], x, torch.tensor([[[0, 1]]] * 3), lengths=torch.tensor(lengths))
     assert sire_fast.swap_penalty(lambda x: x[-1], x, Uniform(2), lengths=torch.tensor([1, 1, 1])).item() == 0
 
 

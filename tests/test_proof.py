@@ -221,6 +221,22 @@ class Model(nn.Module):
         return packed.data
 
 
+class Scaled(sire_fast.GRU):
+    def forward(self, x: Tensor, scale: float) -> Any:  # type: ignore[override]
+        return super().forward(x * scale)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_refused():
+    report = sire_fast.check(Scaled(3, 4), torch.randn(5, 2, 3), 2.0)
+    assert "Scaled has a forward of its own" in str(report)
+
+
+def test_all_steps_of_stacked_variants_run_on_the_kernels_too():
+    layer = sire_fast.GRU(3, 4, num_layers=2, bidirectional=True, swaps=swaps.Uniform(2))
+    assert layer.backend == "cpu"
+    assert [row.by for row in sire_fast.check(layer, torch.randn(5, 2, 3)).rows] == ["cpu"]
+
+
 @pytest.mark.parametrize("compare", ["end", "swap"])
 @pytest.mark.parametrize("sampler", [swaps.Uniform(3), swaps.Adjacent("all"), None], ids=str)
 def test_the_layers_of_a_model(sampler, compare):

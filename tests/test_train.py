@@ -332,6 +332,21 @@ def test_a_loss_that_is_not_finite(capsys, monkeypatch):
     assert "nan after step 0" in err
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    run = start(tmp_path / "run", steps=20)
+
+    def loss(outputs: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (outputs * 0).abs().sqrt().sum() if run.step == 9 else outputs.mean()
+
+    worse = replace(run.task, loss=loss)
+    monkeypatch.setattr(run, "task", worse)
+    with pytest.raises(FloatingPointError, match="norm of its gradient is nan after step 9"):
+        run.train()
+    last = Run.load(tmp_path / "run")
+    assert last.step == 9
+    assert all(p.isfinite().all() for p in last.model.parameters())
+
+
 def test_doctor(capsys):
     code, out, _ = command(capsys, "doctor")
     assert code == 0

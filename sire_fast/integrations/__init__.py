@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sire_fast.inspection import evaluating
 from sire_fast.layers import convert
 from sire_fast.penalties import penalty
 from sire_fast.schedules import AdaptiveWeight
@@ -74,8 +75,6 @@ class Joined:
         order = torch.rand(x.shape[batch], x.shape[time], generator=generator).argsort(1).to(x.device)
         rows = torch.arange(x.shape[batch], device=x.device)[:, None]
         reordered = x[rows, order] if self.batch_first else x.transpose(0, 1)[rows, order].transpose(0, 1)
-        training = model.training
-        model.eval()
-        change = (self.predict(model, reordered) - self.predict(model, x)).abs().mean().item()
-        model.train(training)
+        with evaluating(model):
+            change = (self.predict(model, reordered) - self.predict(model, x)).abs().mean().item()
         return {"sire/order_sensitivity": change}

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -232,7 +232,7 @@ class Run:
         """One step of the optimiser; returns the task's loss and the penalty before it, means over all processes.
 
         Raises:
-            FloatingPointError: the loss is no longer finite. The model is still that of the step before.
+            FloatingPointError: the loss or its gradient is no longer finite. The model is that of the step before.
         """
         began = time.perf_counter()
         x, y = (t[..., self.rank :: self.processes].to(self.config.device) for t in self._batch())
@@ -242,12 +242,13 @@ class Run:
         loss = task_loss + self.config.weight * penalty
         values = self._mean(task_loss.item(), penalty.item())
         if not math.isfinite(sum(values)):
-            value = values[0] + self.config.weight * values[1]
-            raise FloatingPointError(f"the loss is {value} after step {self.step}; a smaller lr may help")
+            self._refuse("loss", values[0] + self.config.weight * values[1])
         self.optimiser.zero_grad()
         loss.backward()
         self._share_gradients()
-        nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), CLIP).item()
+        if not math.isfinite(norm):
+            self._refuse("norm of its gradient", norm)
         self.optimiser.step()
         if self.schedule:
             self.schedule.step(*values)
@@ -255,6 +256,9 @@ class Run:
         self.sums = [total + value for total, value in zip(self.sums, (*values, 1), strict=True)]
         self.seconds += time.perf_counter() - began
         return values[0], values[1]
+
+    def _refuse(self, what: str, value: float) -> NoReturn:
+        raise FloatingPointError(f"the {what} is {value} after step {self.step}; a smaller lr may help")
 
     def _share_gradients(self) -> None:
         """Make each gradient its mean over all processes."""
@@ -379,7 +383,7 @@ class Run:
 
         Raises:
             KeyboardInterrupt: Ctrl-C; a checkpoint of the last step has been written.
-            FloatingPointError: the loss is no longer finite; the last checkpoint stays.
+            FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint stays.
         """
         # after an interruption the file may hold lines from beyond the checkpoint
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
