@@ -125,7 +125,7 @@ PYBIND11_MODULE(_C, m) {
     throw py::value_error("instruction set: this machine has no " + name);
   });
   py::class_<Memory>(m, "Memory", py::buffer_protocol(), py::module_local())
-      .def(py::init<size_t>())
+      .def(py::init([](size_t bytes) { return std::make_unique<Memory>(bytes, true); }))
       .def_property_readonly_static("large", [](py::object) { return Memory::kLarge; })
       .def_buffer([](Memory& memory) {
         return py::buffer_info(static_cast<uint8_t*>(memory.get()), py::ssize_t(memory.bytes()));

@@ -268,9 +268,22 @@ def test_outputs_in_kept_memory_may_be_changed_in_place() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+def test_a_caller_holds_hardly_more_memory_than_it_asked_for() -> None:
+    held = []
+    for size in range(1 << 20, 40 << 20, 1_234_567):
+        (_C.Memory(7 * size // 4), _C.Memory(size))  # given back: neither is to serve what needs far less
+        held.append(_C.Memory(size))
+        assert memoryview(held[-1]).nbytes <= 1.41 * size
+
+
+def test_no_memory_is_told_as_torch_does() -> None:
+    with pytest.raises(RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"):
+        _C.Memory(1 << 60)
+
+
 def test_large_memory_is_kept() -> None:
     """For the next call that needs about as much, not for one that needs far less."""
-    size = 1 << 30  # as no other test leaves
+    size = (1 << 30) - 100  # as no other test leaves
     first, second = _C.Memory(size), _C.Memory(size)
     was = _address(first)
     assert _address(second) != was
