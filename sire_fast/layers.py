@@ -442,7 +442,7 @@ torch.serialization.add_safe_globals(
 
 
 def _check_settings(swaps: Any, compare: str) -> None:
-    if swaps is not None and not callable(swaps):
+    if swaps is not None and (not callable(swaps) or isinstance(swaps, type)):
         raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
     if compare not in COMPARES:
         raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")

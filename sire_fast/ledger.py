@@ -42,6 +42,10 @@ _REENTRANT = (
     "convert(..., weight=...), with which the penalty joins by itself"
 )
 _COMPILED = "call it outside of the compiled function, where the weight joins by itself"
+_UNREAD = (
+    "backwards come through this layer, and nobody has read its penalty: add sire_fast.penalty(model) to the loss, or "
+    "convert(..., weight=...), with which it joins by itself"
+)
 _DROPPED = (
     "a forward in training mode was dropped, and its penalty with it, before a backward; run forwards that do not "
     "train under torch.no_grad() or in eval()"
@@ -191,6 +195,7 @@ class Ledger:
         self.weight = weight
         self.joins = weight is not None
         # of the last run of a compiled function: what its forwards compare, or else their notes
+        self._unread: int | None = 0  # backwards before the penalty was read for the first time; None after it
         self.traced: tuple[Any, ...] = ()
         self._ran_by: _State | None = None  # the state of the thread that has run it
         watches = isinstance(weight, Real) and weight == 0
@@ -251,7 +256,7 @@ class Ledger:
         forward = Forward(weights, compared)
         if compared.output is output:
             output = ops.own_memory(output)
-        output, *last = _Give.apply(None, forward.mark, None, None, output, *last)
+        output, *last = _Give.apply(self, forward.mark, None, None, output, *last)
         node: Any = output.grad_fn
         if node is not None:
             node.compared = compared
@@ -294,6 +299,13 @@ class Ledger:
             del earlier[:-_HELD]
             warn(_DROPPED)
 
+    def passed(self) -> None:
+        """Note a backward through a forward whose penalty the caller adds to the loss."""
+        if self._unread is not None:
+            self._unread += 1
+            if self._unread == 2:  # one may be a try
+                warn(_UNREAD)
+
     # ---------------------------------------------------------------- the penalty's side
 
     def counting(self) -> list[tuple[Compared, Mark | None]]:
@@ -305,6 +317,7 @@ class Ledger:
         """
         if torch.compiler.is_compiling():
             return [(c, None) for c in self.traced]
+        self._unread = None
         state = self._state
         for passing, now in (
             (state.passing, in_backward() or torch._C._are_functorch_transforms_active()),
@@ -408,10 +421,10 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ledger: Ledger | None, mark: Mark, weight: Any, penalty: Any, *results: Tensor
+        ctx: Any, ledger: Ledger, mark: Mark, weight: Any, penalty: Any, *results: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.ledger, ctx.mark = ledger, mark
-        if ledger is not None:
+        if ledger.joins:
             ctx.shape, ctx.weight = penalty.shape, _node(weight)
         ctx.set_materialize_grads(False)
         return tuple(t.data for t in results)
@@ -419,7 +432,9 @@ class _Give(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         joined = None
-        if ctx.ledger is not None and _joins_now(ctx.mark, ctx.weight):
+        if not ctx.ledger.joins:
+            ctx.ledger.passed()
+        elif _joins_now(ctx.mark, ctx.weight):
             like = next(g for g in grads if g is not None)
             joined = ctx.ledger.share(ctx.mark, like).expand(ctx.shape)
         ctx.mark.differentiated = True

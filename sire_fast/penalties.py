@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from sire_fast import ops
 from sire_fast.layers import _SwapLayer
+from sire_fast.ledger import warn
 from sire_fast.passes import Compared
-from sire_fast.reference import check_swaps, with_variants
+from sire_fast.reference import check_swaps, has_values, with_variants
 from sire_fast.swaps import Sampler
 
 
@@ -139,6 +140,8 @@ def swap_penalty(
     if not isinstance(swaps, Tensor):
         swaps = swaps(steps if lengths is None else lengths, batch, None, x.device)
     check_swaps(sequences, swaps, lengths)
+    if swaps.device.type == "cpu" and has_values(swaps) and not (swaps[..., 0] < swaps[..., 1]).any():
+        warn(f"nothing to swap in these sequences of up to {steps} steps: the penalty is 0")
     rows = [*with_variants(sequences, swaps).unbind(2)]  # 1 + K of (T, B, ...)
     if batch_first:
         rows = [row.transpose(0, 1) for row in rows]

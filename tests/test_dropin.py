@@ -618,6 +618,16 @@ def test_a_weight_of_zero_tells_the_mean_up_to_the_last_backward(layer: sire_fas
         torch.testing.assert_close(sire_fast.penalty(layer), expected)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_penalty_that_nobody_reads_is_told_once(layer: sire_fast.GRU, recwarn, reads: bool) -> None:
+    for _ in range(4):
+        loss = layer(X)[0].sum()
+        (loss + sire_fast.penalty(layer) if reads else loss).backward()
+    assert [str(w.message)[:50] for w in recwarn] == ["sire_fast: backwards come through this layer, and "] * (
+        not reads
+    )
+
+
 def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
     """Two losses of one forward, each with its backward."""
     (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()

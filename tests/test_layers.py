@@ -301,7 +301,8 @@ def test_swap_penalty_refuses() -> None:
     for lengths in ([5], [5, 5], [5.0, 5, 5]):
         with pytest.raises(ValueError, match=r"lengths: expected \(3,\) int64"):
             sire_fast.swap_penalty(lambda x: x[-1], x, torch.tensor([[[0, 1]]] * 3), lengths=torch.tensor(lengths))
-    assert sire_fast.swap_penalty(lambda x: x[-1], x, Uniform(2), lengths=torch.tensor([1, 1, 1])).item() == 0
+    with pytest.warns(UserWarning, match="nothing to swap in these sequences"):
+        assert sire_fast.swap_penalty(lambda x: x[-1], x, Uniform(2), lengths=torch.tensor([1, 1, 1])).item() == 0
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -359,6 +360,8 @@ def test_errors_are_torchs(name: str) -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="compare: expected one of end, swap, got 'middle'"):
         sire_fast.GRU(4, 6, compare="middle")
+    with pytest.raises(ValueError, match="swaps: expected a sampler"):
+        sire_fast.GRU(3, 4, swaps=Uniform)
     with pytest.raises(ValueError, match="swaps: expected a sampler"):
         sire_fast.GRU(4, 6, swaps=4)
     with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):

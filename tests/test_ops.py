@@ -277,7 +277,9 @@ def test_a_caller_holds_hardly_more_memory_than_it_asked_for() -> None:
 
 
 def test_no_memory_is_told_as_torch_does() -> None:
-    with pytest.raises(RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"):
+    with pytest.raises(
+        RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"
+    ):
         _C.Memory(1 << 60)
 
 
