@@ -11,7 +11,6 @@ eight minutes at most: what does not fit is "skipped: time". Exit code 0; 1 if a
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import itertools
 import json
 import os
@@ -32,7 +31,7 @@ import torch
 
 from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases, first_line
 from bench.processes import Lost, answers
-from sire_fast import backends, swaps
+from sire_fast import backends, proof, swaps
 from sire_fast.backends import cuda
 from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
@@ -468,9 +467,8 @@ def _machine(device: str) -> dict[str, Any]:
         driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         driver = None
-    triton = [each.version for each in importlib.metadata.distributions(name="triton")]
     machine = benchmark.machine(device)
-    machine["versions"] |= {"triton": triton[0] if triton else None, "cuda": torch.version.cuda, "driver": driver}
+    machine["versions"] |= {"triton": proof.triton_version(), "cuda": torch.version.cuda, "driver": driver}
     on_gpu = torch.device(device).type == "cuda"
     return machine | {"capability": torch.cuda.get_device_capability(device) if on_gpu else None}
 

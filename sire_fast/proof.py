@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import sire_fast
 from sire_fast import backends, functional, passes, reference, swaps
 from sire_fast.backends import cpu, gpu
 from sire_fast.backends.gpu import name_of
@@ -308,15 +309,21 @@ class Report(NamedTuple):
 
 def environment(device: torch.device | str) -> dict[str, str]:
     """What a result depends on: versions, device, instruction set."""
-    found = {"sire_fast": importlib.metadata.version("sire_fast"), "torch": torch.__version__}
+    found = {"sire_fast": sire_fast.__version__, "torch": torch.__version__}
     if torch.device(device).type != "cuda":
         return found | {"on": platform.machine(), "instruction set": cpu.MISSING or cpu.instruction_set()}
     if find_spec("triton"):
-        found["triton"] = importlib.metadata.version("triton")
+        found["triton"] = triton_version() or "of unknown version"
     major, minor = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)} of capability {major}.{minor}"
     driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # in builds with CUDA
     return found | {"CUDA": str(torch.version.cuda), "driver": str(driver), "on": name}
+
+
+def triton_version() -> str | None:
+    """Of the installed distribution that has the module triton, which some builds of torch call pytorch-triton."""
+    names = ("triton", "pytorch-triton")
+    return next((each.version for name in names for each in importlib.metadata.distributions(name=name)), None)
 
 
 def check_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -102,6 +103,27 @@ def test_another_call_build_or_version_is_asked_again(kernel, other, monkeypatch
         return
     backends.choose("auto", **CALL)
     assert kernel.calls == 2
+
+
+def test_versions_are_told_without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a checkout on the path there is none, and some builds of torch bring the module triton as pytorch-triton."""
+    versions = {"pytorch-triton": "3.5"}
+
+    def distributions(name: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(version=versions[name])] if name in versions else []
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    found = proof.environment("cuda")
+    assert (found["sire_fast"], found["triton"]) == (sire_fast.__version__, "3.5")
+    versions.clear()
+    assert proof.environment("cuda")["triton"] == "of unknown version"
 
 
 def spoil(n: int, by: Callable[[Tensor], object]) -> Callable[[Any], None]:
