@@ -132,11 +132,27 @@ def test_gpus_of_amd_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backends.choose("auto", **call) == "reference"
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("fastest", [{}, {("gru", 64, "float32", 90): "triton"}], ids=["predicted", "measured"])
+def test_a_gpu_that_is_not_there_is_a_reason(
+    backend: str, fastest: dict[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch itself raises an AssertionError there when it is asked what a GPU can."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "FASTEST", fastest)
+    call: dict[str, Any] = {"cell": "gru", "dtype": FLOAT, "device": "cuda", "hidden_size": 64}
+    reason = f"{backend}: torch finds no GPU here, got a tensor on cuda"
+    assert backends.why_not(backend, **call) == [reason]
+    assert reason in backends.why_no_kernel(**call)
+    assert backends.choose("auto", **call) == "reference"
+
+
 @pytest.mark.parametrize(("fastest", "served"), [(None, "cuda"), ("triton", "triton"), ("torch", "torch")])
 def test_auto_takes_what_was_measured_or_else_what_is_predicted(
     fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(proof, "failures", lambda *_, **__: [])
     monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
@@ -151,6 +167,7 @@ def test_what_a_gpu_lacks(capability: tuple[int, int], host: ModuleType, monkeyp
     """On compute capability 8.0 the shared memory of one block is too small for an LSTM of H=128, and two share it."""
     chip = Chip(capability, 108, 1024 * {7: 64, 8: 163, 9: 227}[capability[0]])
     monkeypatch.setattr(host, "device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(cuda, "_chip", lambda _: chip)
 
     def reasons(cell: str, hidden: int) -> list[str]:

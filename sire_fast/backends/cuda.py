@@ -22,8 +22,6 @@ try:
 except ImportError as error:
     MISSING = str(error)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LEAST_CAPABILITY = (8, 0)
 _CLUSTERS = (9, 0)  # the capability from which on there are clusters, of 8 blocks at most
 _MACHINE_CODE = (8, 9, 10)  # the major capabilities whose machine code setup.py embeds
 _LARGE_CLUSTERS = (9, 10)  # the major capabilities that have some of 16
@@ -63,24 +61,21 @@ class Group(NamedTuple):
 
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
-    if reasons := gpu.why_not_here("cuda"):
+    if reasons := gpu.why_not_here("cuda", device):
         return reasons
     if _cuda is None:
         built = "built where a GPU is visible, or with FORCE_CUDA=1"
         return [f"cuda: the extension sire_fast._cuda, which is {built}, cannot be loaded: {MISSING}"]
-    reasons = []
-    if device.type != _cuda.device:
-        reasons.append(f"cuda: runs on a GPU, got a tensor on {device}")
-    if dtype not in _DTYPES:
-        return [*reasons, f"cuda: computes in float32, bfloat16 and float16, got {dtype}"]
+    reasons = gpu.why_not_on("cuda", device, _cuda.device)
+    if other := gpu.why_not_dtype("cuda", dtype):
+        return reasons + other
     size = f"H={hidden_size} in {name_of(dtype)}"
     if not _cuda.blocks(hidden_size, name_of(dtype)):
         return [*reasons, f"cuda: W_hh of {size} does not fit the registers of any number of blocks"]
     if device.type == _cuda.device:
         chip = _chip(device)
-        if chip.capability < _LEAST_CAPABILITY:
-            told = ".".join(map(str, chip.capability))
-            reasons.append(f"cuda: needs compute capability 8.0 or above, {device} has {told}")
+        if too_weak := gpu.why_not_capability("cuda", device, chip.capability):
+            reasons += too_weak
         elif too_old := _driver_too_old(chip):
             reasons.append(too_old)
         elif not group(cell, name_of(dtype), hidden_size, chip):
@@ -138,15 +133,7 @@ def files() -> list[Path]:
     return [Path(_cuda.__file__)]
 
 
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of inputs, weights and kept gates; states are float32."""
-    return dtype
-
-
-span_rows = gpu.span_rows
-
-
-empty = Tensor.new_empty
+computed_in, empty, span_rows = gpu.computed_in, gpu.empty, gpu.span_rows
 
 
 def kept(

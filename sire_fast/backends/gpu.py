@@ -23,7 +23,7 @@ FASTEST: dict[tuple[str, int, str, int], str] = {}
 
 def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> str | None:
     """Who was measured to be the fastest on such a GPU; None if nobody has measured it."""
-    if not FASTEST or torch.device(device).type != "cuda":
+    if not FASTEST or torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     padded = 1 << (hidden_size - 1).bit_length()
@@ -81,10 +81,44 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def why_not_here(backend: str) -> list[str]:
-    """The reason why no kernel for NVIDIA's GPUs runs under a torch for AMD's, which calls those cuda too."""
-    hip = torch.version.hip
-    return [f"{backend}: runs on NVIDIA's GPUs, got torch built for AMD's, with HIP {hip}"] if hip else []
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_CAPABILITY = (8, 0)
+
+
+def why_not_here(backend: str, device: torch.device) -> list[str]:
+    """The reason why no kernel for NVIDIA's GPUs runs with this torch: one for AMD's calls those cuda too, and another
+    may find none."""
+    if hip := torch.version.hip:
+        return [f"{backend}: runs on NVIDIA's GPUs, got torch built for AMD's, with HIP {hip}"]
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return [f"{backend}: torch finds no GPU here, got a tensor on {device}"]
+    return []
+
+
+def why_not_on(backend: str, device: torch.device, on: str = "cuda") -> list[str]:
+    """The reason why no kernel runs on a device of another type."""
+    return [] if device.type == on else [f"{backend}: runs on a GPU, got a tensor on {device}"]
+
+
+def why_not_capability(backend: str, device: torch.device, capability: tuple[int, int]) -> list[str]:
+    """The reason why a GPU is too old for the kernels."""
+    if capability >= _LEAST_CAPABILITY:
+        return []
+    least, told = (".".join(map(str, each)) for each in (_LEAST_CAPABILITY, capability))
+    return [f"{backend}: needs compute capability {least} or above, {device} has {told}"]
+
+
+def why_not_dtype(backend: str, dtype: torch.dtype) -> list[str]:
+    """The reason why no kernel computes in a dtype."""
+    return [] if dtype in _DTYPES else [f"{backend}: computes in float32, bfloat16 and float16, got {dtype}"]
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of inputs, weights and kept gates; states are at least float32."""
+    return dtype
+
+
+empty = Tensor.new_empty
 
 
 def allows_tf32() -> bool:

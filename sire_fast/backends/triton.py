@@ -14,29 +14,23 @@ from torch import Tensor
 from sire_fast.backends import gpu
 
 _INSTALLED = find_spec("triton") is not None
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HIDDEN = 1024
-_LEAST_CAPABILITY = (8, 0)
 
 
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
-    if reasons := gpu.why_not_here("triton"):
+    if reasons := gpu.why_not_here("triton", device):
         return reasons
     reasons = []
     if not _INSTALLED:
         reasons.append("triton: the package triton is not installed")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < _LEAST_CAPABILITY:
-            reasons.append(
-                f"triton: needs compute capability 8.0 or above, {device} has {'.'.join(map(str, capability))}"
-            )
+        reasons += gpu.why_not_capability("triton", device, torch.cuda.get_device_capability(device))
     elif not interpreted:
-        reasons.append(f"triton: runs on a GPU, got a tensor on {device}")
-    if dtype not in _DTYPES and not interpreted:  # float64 is for tests
-        reasons.append(f"triton: computes in float32, bfloat16 and float16, got {dtype}")
+        reasons += gpu.why_not_on("triton", device)
+    if not interpreted:  # float64 is for tests
+        reasons += gpu.why_not_dtype("triton", dtype)
     if hidden_size > _LARGEST_HIDDEN:
         reasons.append(f"triton: takes H up to {_LARGEST_HIDDEN}, got {hidden_size}")
     return reasons
@@ -48,15 +42,7 @@ def files() -> list[Path]:
     return sorted(Path(next(iter(kernels.__path__))).glob("*.py"))
 
 
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of inputs, weights and kept gates; states are at least float32."""
-    return dtype
-
-
-span_rows = gpu.span_rows
-
-
-empty = Tensor.new_empty
+computed_in, empty, span_rows = gpu.computed_in, gpu.empty, gpu.span_rows
 
 
 def kept(
