@@ -351,12 +351,14 @@ def test_augmented_clouds_are_stretched_and_turned_about_z():
     assert (changed - clouds).abs().max() > 0.01
 
 
-def test_points_from_a_file(tmp_path):
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64])
+def test_points_from_a_file(tmp_path, kind):
     x = np.random.default_rng(0).normal(5, 3, (40, 30, 3)).astype(np.float16)
-    np.savez(tmp_path / "modelnet_tiny.npz", x=x, y=np.arange(40) % 2, test=np.arange(40) > 29)
+    np.savez(tmp_path / "modelnet_tiny.npz", x=x, y=np.arange(40) % 2, test=(np.arange(40) > 29).astype(kind))
     split = data.points(tmp_path)
     assert split.x.shape == (30, 30, 3)
     assert split.test_x.shape == (10, 30, 3)
+    assert split.test_y.tolist() == [0, 1] * 5
     torch.testing.assert_close(split.x.mean((1, 2)), torch.zeros(30), atol=1e-5, rtol=0)
     torch.testing.assert_close(split.x.std((1, 2)), torch.ones(30))
     trial = Trial("points", hidden=8, steps=2, batch=4, train_lengths=(10,), data=str(tmp_path), augment=True)

@@ -1,7 +1,7 @@
 """Images and point clouds: from a file or folder that the user has, else generated. Nothing is downloaded.
 
 images   MNIST as idx files (plain, .gz, or inside a .tgz) or mnist.npz; else scikit-learn's 8 x 8 digits
-points   .npz with x (N, P, 3), y (N), test (N) bool; HDF5 of the authors (tr_cloud, tr_labels, test_cloud,
+points   .npz with x (N, P, 3), y (N), test (N) bool or 0 and 1; HDF5 of the authors (tr_cloud, tr_labels, test_cloud,
          test_labels), or a folder of ModelNet40 in HDF5 (data, label) with train or test in the names of its files;
          else sampled surfaces
 """
@@ -119,6 +119,7 @@ def points(path: Path | None = None, shapes: int = 400) -> Split:
     with _readable(files[0]):
         if files[0].suffix == ".npz":
             x, y, test = _npz(files[0], "x", "y", "test")
+            test = test.astype(bool)  # as whole numbers they would be positions
             parts = [x[~test], y[~test], x[test], y[test]]
         else:
             parts = _hdf5(files)
