@@ -52,6 +52,12 @@ def test_samples(task):
     assert torch.equal(x, again)
 
 
+def test_a_deck_has_no_more_cards():
+    assert len(TASKS["poker"].sample(52, 2, torch.Generator())[0]) == 52
+    with pytest.raises(ValueError, match=r"^length: expected at most 52, of different numbers, got 60$"):
+        TASKS["poker"].sample(60, 2, torch.Generator())
+
+
 # The penalty would otherwise push the model away from the right answer.
 @EACH_TASK
 def test_the_swaps_of_a_task_leave_its_answers_alone(task):

@@ -61,7 +61,13 @@ class Task:
         return f"blocks:4:{','.join(map(str, self.boundaries))}" if self.boundaries else "uniform:4"
 
     def sample(self, length: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Random sequences (T, B) int64 and their right answers (B)."""
+        """Random sequences (T, B) int64 and their right answers (B).
+
+        Raises:
+            ValueError: so many different numbers there are not.
+        """
+        if self.distinct and length > self.vocabulary:
+            raise ValueError(f"length: expected at most {self.vocabulary}, of different numbers, got {length}")
         if self.distinct:
             x = torch.rand(self.vocabulary, batch, generator=generator).argsort(0)[:length]
         else:
