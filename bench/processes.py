@@ -63,15 +63,18 @@ def answers(
                     theirs.close()
                     idle.append((ours, process))
                 pipe, process = idle.pop()
-                n = waiting.pop()
-                pipe.send(tasks[n])
-                running[pipe] = _Running(process, n, time.monotonic() + limit)
+                try:
+                    pipe.send(tasks[waiting[-1]])
+                except OSError:  # it has died since its last answer: another one takes the task
+                    process.join()
+                    continue
+                running[pipe] = _Running(process, waiting.pop(), time.monotonic() + limit)
             soonest = min(end, *(each.until for each in running.values()))
             for pipe in wait([*running], max(0, soonest - time.monotonic())):
                 each = running.pop(pipe)
                 try:
                     answer, goes_on = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     each.process.join()
                     answer, goes_on = Lost(f"its process died: exit code {each.process.exitcode}", True), False
                 if goes_on:

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from functools import partial
 
@@ -104,12 +105,24 @@ def test_what_a_kernel_raises_is_a_failure_and_what_it_refuses_is_none(monkeypat
     assert "ZeroDivisionError" in raised.failures[0]
 
 
+@pytest.mark.parametrize(("cell", "hidden", "draws"), [("gru", 64, 1), ("gru", 8, 3), ("rnn_relu", 64, 3)])
+def test_luck_has_as_many_chances_as_before_a_kernel_is_used(cell, hidden, draws, monkeypatch):
+    tried = []
+    monkeypatch.setattr(gpu_check, "check_case", lambda *arguments: tried.append(arguments[4]) or ["wrong"])
+    checked = gpu_check.check_cases(Checked("cpu", cell, "float32"), [Case(3, 2, hidden)], "cpu")
+    assert (tried, checked.passed, len(checked.failures)) == ([*range(draws)], 0, 1)
+
+
 def hang() -> None:
     time.sleep(60)
 
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_later() -> None:
+    threading.Timer(0.1, die).start()
 
 
 def fine(n: int) -> tuple[int, int]:
@@ -130,6 +143,15 @@ def test_what_comes_after_the_time_is_up_does_not_come_and_leaves_no_process():
     began = time.monotonic()
     assert dict(processes.answers([hang, hang, hang], 2, 0.5, 60)) == {}
     assert time.monotonic() - began < 30
+
+
+def test_a_process_that_dies_between_two_tasks_takes_none_along():
+    found = {}
+    for n, answer in processes.answers([die_later, partial(fine, 1)], 1, 200, 25):
+        found[n] = answer
+        while n == 0 and multiprocessing.active_children():
+            time.sleep(0.05)
+    assert (found[0], found[1][0]) == (None, 1)
     assert not multiprocessing.active_children()
 
 
