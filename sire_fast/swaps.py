@@ -21,6 +21,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -194,7 +195,7 @@ class Blocks(_Drawn):
 
     def __post_init__(self) -> None:
         _check_k(self.k)
-        object.__setattr__(self, "boundaries", tuple(self.boundaries))
+        object.__setattr__(self, "boundaries", tuple(_number("boundaries", b) for b in self.boundaries))
         fractions = [b for b in self.boundaries if isinstance(b, float)]
         if fractions and (len(fractions) < len(self.boundaries) or not all(0 < b < 1 for b in fractions)):
             raise ValueError(
@@ -242,11 +243,12 @@ class Pairs(_Drawn):
         _check_k(self.k)
         if not len(self.pairs):
             raise ValueError("pairs: expected at least one pair, got none")
-        for pair in self.pairs:
-            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
-                raise ValueError(f"pairs: expected (i, j) with 0 <= i < j, got {tuple(pair)}")
+        pairs = [tuple(_number("pairs", position) for position in pair) for pair in self.pairs]
+        for pair in pairs:
+            if len(pair) != 2 or float in map(type, pair) or not 0 <= pair[0] < pair[1]:
+                raise ValueError(f"pairs: expected whole numbers (i, j) with 0 <= i < j, got {pair}")
         # sorted by j, the pairs inside a sequence are the first ones of the list
-        ordered = sorted(((int(i), int(j)) for i, j in self.pairs), key=lambda pair: pair[1])
+        ordered = sorted(pairs, key=lambda pair: pair[1])
         object.__setattr__(self, "pairs", tuple(ordered))
 
     def _count(self, lengths: Tensor) -> Tensor:
@@ -299,6 +301,15 @@ def parse(text: str) -> Sampler | None:
 def _check_k(k: object) -> None:
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+
+
+def _number(name: str, value: Any) -> int | float:
+    """One of Python's for one of NumPy's or torch's."""
+    if isinstance(value, Tensor):
+        value = value.item()
+    if not isinstance(value, Real):
+        raise ValueError(f"{name}: expected numbers, got {value!r}")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _as_lengths(lengths: int | Tensor, batch: int, device: torch.device | str | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,7 +162,11 @@ def test_parse_refuses_in_one_line(text: str) -> None:
         (lambda: Blocks(1, [0.5, 3]), "boundaries: "),
         (lambda: Blocks(1, [3, 2]), "boundaries: "),
         (lambda: Blocks(1, [1.5]), "boundaries: "),
+        (lambda: Blocks(1, [np.float32(0.5), 3]), "boundaries: "),
+        (lambda: Blocks(1, ["0.5"]), "boundaries: expected numbers, got '0.5'"),
         (lambda: Pairs(1, []), "pairs: "),
+        (lambda: Pairs(1, [(0.2, 0.7)]), "pairs: expected whole numbers "),
+        (lambda: Pairs(1, [(0, None)]), "pairs: expected numbers, got None"),
         (lambda: Pairs(1, [(2, 1)]), "pairs: "),
         (lambda: Uniform(1)(torch.tensor([3]), 2), "lengths: expected shape"),
     ],
@@ -169,6 +174,23 @@ def test_parse_refuses_in_one_line(text: str) -> None:
 def test_refuses(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "same"),
+    [
+        (Blocks(4, np.array([0.5], np.float32)), Blocks(4, [0.5])),
+        (Blocks(4, np.array([2, 5])), Blocks(4, [2, 5])),
+        (Blocks(4, torch.tensor([0.25, 0.5])), Blocks(4, [0.25, 0.5])),
+        (Pairs(4, np.array([[0, 4], [1, 2]])), Pairs(4, [(0, 4), (1, 2)])),
+        (Pairs(4, torch.tensor([[0, 4], [1, 2]])), Pairs(4, [(0, 4), (1, 2)])),
+    ],
+    ids=repr,
+)
+def test_numbers_of_numpy_and_torch(sampler: Sampler, same: Sampler) -> None:
+    assert repr(sampler) == repr(same)
+    first, second = (each(9, 3, torch.Generator().manual_seed(0)) for each in (sampler, same))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("sampler", [Blocks(3, [2, 5]), Blocks(3, [0.5]), Pairs(3, [(0, 4), (1, 2)])], ids=repr)
