@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -258,6 +259,19 @@ def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path):
     assert_gone(workers)
 
 
+# Without --out it would begin anew in another folder.
+@pytest.mark.parametrize("options", [[], ["--seeds", "2", "--data", "a b", "--out", "x"]], ids=str)
+def test_what_goes_on_after_ctrl_c_has_all_that_was_given(monkeypatch, capsys, options):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plan", lambda *_: [])
+    monkeypatch.setattr(cli, "reproduce", interrupted)
+    assert cli.run(["reproduce", "table1", *options]) == 130
+    _, _, told = capsys.readouterr().err.strip().partition("goes on: ")
+    assert shlex.split(told) == ["sire-fast", "reproduce", "table1", "--preset", "quick", *options]
+
+
 @on_linux
 @pytest.mark.skipif(os.cpu_count() == 1, reason="one core has no workers")
 def test_no_worker_outlives_its_parent(tmp_path):
@@ -433,6 +447,7 @@ def test_idx_files(tmp_path, packed):
         (["figure9"], "name: expected one of"),
         (["figure1", "--preset", "huge"], "preset: expected one of"),
         (["figure1", "--seeds", "0"], "seeds: expected at least 1"),
+        (["cost", "--seeds", "7"], "seeds: expected none for cost"),
         (["figure1", "--data", "x"], "data: expected none for figure1"),
         (["table1", "--data", "x"], "data: expected point clouds"),
         (["lp-mnist-pixels", "--data", "x"], "data: expected MNIST"),

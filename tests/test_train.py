@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -366,6 +367,17 @@ def test_demo(capsys, monkeypatch):
     assert {key for key in plain if plain[key] != sire[key]} == {"swaps"}
     assert command(capsys, "demo")[0] == 2
     assert command(capsys, "demo", "--force")[0] == 0
+
+
+@pytest.mark.parametrize("out", [[], ["--out", "a b"]], ids=str)
+def test_what_starts_a_demo_again_after_ctrl_c_has_all_that_was_given(capsys, monkeypatch, out):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_follow", interrupted)
+    code, _, err = command(capsys, "demo", *out)
+    assert code == 130
+    assert shlex.split(err.partition("again: ")[2]) == ["sire-fast", "demo", "--force", *out]
 
 
 def test_ctrl_c_keeps_the_checkpoint():

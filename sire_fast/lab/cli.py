@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -158,7 +159,7 @@ def train_command(
         with _progress() as progress:
             result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)
     except KeyboardInterrupt:
-        _complain(f"interrupted after step {chosen.step}; to go on: sire-fast train {task} --resume {chosen.directory}")
+        _complain(f"interrupted after step {chosen.step}; to go on: {_command('train', task, resume=chosen.directory)}")
         raise typer.Exit(130) from None
     _show_result(result)
     _console.print(f"{result['seconds']:.1f} s of training on backend {result['backend']}, in {chosen.directory}")
@@ -305,6 +306,7 @@ def reproduce_command(
 
     A stopped one goes on with the same command.
     """
+    same = _command("reproduce", name, preset=preset, seeds=seeds, data=data, out=out)
     out = out or Path("runs", "paper", preset)
     with _bad_input():
         planned = plan(name, preset, seeds, data, out)
@@ -317,7 +319,7 @@ def reproduce_command(
             bar = progress.add_task(f"{name}, {kind}", total=count)
             _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:
-        _complain(f"interrupted; the same command goes on: sire-fast reproduce {name} --preset {preset}")
+        _complain(f"interrupted; the same command goes on: {same}")
         raise typer.Exit(130) from None
     for title, rows in tables:
         _console.print(rich_table(title, rows))
@@ -387,10 +389,14 @@ def check_command(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the two runs and the picture.")] = Path("runs/demo"),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the two runs and the picture.", show_default="runs/demo")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a demo that the directory holds.")] = False,
 ) -> None:
     """Train one model with and without SIRE on 40 bit sequences, and compare them on longer ones."""
+    again = _command("demo", "--force", out=out)
+    out = out or Path("runs/demo")
     with _bad_input():
         for name in _METHODS:
             claim(out / name, force)
@@ -402,7 +408,7 @@ def demo(
                 chosen = Run(replace(DEMO, swaps=swaps), out / name)
                 results[title] = _follow(chosen, title, progress)
     except KeyboardInterrupt:
-        _complain("interrupted; to start again: sire-fast demo --force")
+        _complain(f"interrupted; to start again: {again}")
         raise typer.Exit(130) from None
 
     metric = TASKS[DEMO.task].metric
@@ -546,6 +552,12 @@ def _bad_input() -> Iterator[None]:
     for message in of_all(wrong and str(wrong)):
         if message is not None:
             raise _UsageError(message) from wrong
+
+
+def _command(*words: str, **options: object) -> str:
+    """A command line for a shell, with those options that have a value."""
+    given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["sire-fast", *words, *given])
 
 
 def _complain(message: object) -> None:

@@ -41,6 +41,8 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
             raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    if seeds is not None and name == "cost":
+        raise ValueError(f"seeds: expected none for cost, which trains nothing, got {seeds}")
     cases = [] if name == "cost" else list(EXPERIMENTS[name].cases())
     uses = {"lp-mnist": data.images, "lp-mnist-pixels": data.images, "points": data.points}
     reads = {case.trial.problem for case in cases} & set(uses)
