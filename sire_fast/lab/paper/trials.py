@@ -320,11 +320,11 @@ def _told(trial: Trial) -> dict[str, Any]:
 
 
 def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callable[[], None]) -> None:
-    """Run the trials whose files lack, or hold another trial, several at a time, each on one thread.
+    """Run the trials whose files lack, or hold another trial, several at a time.
 
     Args:
         trials: where each one's result goes, and the trial.
-        workers: number of processes; 1 for this one alone.
+        workers: number of processes, of one thread each; 1 for this one alone, with as many as it has.
         finished: called for every trial that is done, at once for those that have been.
 
     Raises:
