@@ -95,7 +95,7 @@ def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Te
 
 
 def _outputs(
-    empty: Callable[..., Tensor], cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any
+    empty: Callable[..., Tensor], cell: str, backend: str, recompute: bool, *arguments: Any
 ) -> tuple[tuple[Tensor | None, ...], list[Tensor | None]]:
     """The outputs of swap_rnn, not filled, None for those that a call does not have; and the inputs, x to lengths.
     Where a backward follows they lie in memory from `empty`, see Backend."""
@@ -116,7 +116,7 @@ def _full(tensors: Sequence[Tensor | None], like: Any) -> tuple[Tensor, ...]:
 def _run(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor | None, ...]:
     """swap_rnn for inputs that have been checked, None for outputs that a call does not have."""
     kernels = KERNELS[backend]
-    outputs, inputs = _outputs(kernels.empty, cell, backend, arithmetic, recompute, *arguments)
+    outputs, inputs = _outputs(kernels.empty, cell, backend, recompute, *arguments)
     kernels.forward(cell, arithmetic, arguments[-1], recompute, _contiguous(inputs), outputs)
     return outputs
 
@@ -124,7 +124,7 @@ def _run(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: 
 @torch.library.register_fake("sire_fast::swap_rnn")
 def _fake(cell: str, backend: str, arithmetic: str, recompute: bool, *arguments: Any) -> tuple[Tensor, ...]:
     _check(cell, backend, arithmetic, *arguments[:-2])
-    outputs, _ = _outputs(Tensor.new_empty, cell, backend, arithmetic, recompute, *arguments)
+    outputs, _ = _outputs(Tensor.new_empty, cell, backend, recompute, *arguments)
     return _full(outputs, outputs[0])
 
 

@@ -46,10 +46,9 @@ def swap_rnn(
     lengths: Tensor | None = None,
     w_ih: Tensor | None = None,
     b_ih: Tensor | None = None,
-    recompute: bool = False,
 ) -> SwapRNN:
-    """Same arguments, result and errors as sire_fast.functional.swap_rnn; differentiable any number of times. All that
-    autograd needs is kept, `recompute` or not."""
+    """As sire_fast.functional.swap_rnn in arguments, result and errors, without those that choose and steer a kernel
+    (recompute, longest, backend); differentiable any number of times."""
     check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if w_ih is not None:
         x_proj = torch.nn.functional.linear(x_proj, w_ih, b_ih)

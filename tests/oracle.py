@@ -95,13 +95,15 @@ def cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def outputs(cell: str, arguments: dict[str, Any], backend: str) -> reference.SwapRNN:
+    if backend != "reference":
+        return functional.swap_rnn(cell, **arguments, backend=backend)
+    return reference.swap_rnn(cell, **{name: value for name, value in arguments.items() if name != "recompute"})
+
+
 def run(cell: str, arguments: dict[str, Any], backend: str) -> dict[str, Tensor]:
     """All outputs, and the gradient of every tensor argument through all of them."""
-    if backend == "reference":
-        outputs = reference.swap_rnn(cell, **arguments)
-    else:
-        outputs = functional.swap_rnn(cell, **arguments, backend=backend)
-    named = {k: v for k, v in outputs._asdict().items() if v is not None}
+    named = {k: v for k, v in outputs(cell, arguments, backend)._asdict().items() if v is not None}
     generator = torch.Generator().manual_seed(1)
     loss = 0.0
     for value in named.values():
