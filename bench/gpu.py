@@ -35,7 +35,7 @@ from sire_fast import backends, proof, swaps
 from sire_fast.backends import cuda
 from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio
+from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio, write
 
 ROOT = Path(__file__).parents[1]
 TOTAL, PREPARED = 450.0, 220.0  # seconds, of all, and until what is to be timed is compiled and checked
@@ -473,13 +473,6 @@ def _machine(device: str) -> dict[str, Any]:
     return machine | {"capability": torch.cuda.get_device_capability(device) if on_gpu else None}
 
 
-def _write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Make a file appear whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    writer(temporary)
-    os.replace(temporary, path)
-
-
 def draw(result: Mapping[str, Any]) -> Any:
     """Time of a step of the sequence against rows, H and T: a matplotlib figure."""
     from matplotlib.figure import Figure  # not everywhere
@@ -554,7 +547,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         done = [*groups.values()] if checks else []
         result["checks"] = [asdict(group) for group in done]
         result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
-        _write(path, lambda temporary: temporary.write_text(json.dumps(result, indent=2) + "\n"))
+        write(path, lambda temporary: temporary.write_text(json.dumps(result, indent=2) + "\n"))
 
     save()
     if items:
@@ -572,7 +565,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         torch.cuda.empty_cache()
     try:
         figure = draw(result)  # axes stay empty where options leave their settings out
-        _write(path.with_suffix(".png"), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+        write(path.with_suffix(".png"), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
     except ImportError as error:
         clock.say(f"no picture: {error}")
     return result

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import report
 from sire_fast.lab.paper.reproduce import NAMES
-from sire_fast.lab.train import write
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results/paper"

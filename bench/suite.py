@@ -33,8 +33,7 @@ from torch import Tensor
 
 from sire_fast import swaps
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio
-from sire_fast.lab.train import write
+from sire_fast.lab.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio, write
 from sire_fast.swaps import Sampler
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from torch import nn
 import sire_fast.__main__
 import sire_fast.lab
 from sire_fast import backends
-from sire_fast.lab import cli, train
+from sire_fast.lab import benchmark, cli, train
 from sire_fast.lab.tasks import TASKS
 from sire_fast.lab.train import FILES, Config, Run, claim
 
@@ -225,7 +225,7 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path):
         raise OSError
 
     with pytest.raises(OSError):  # noqa: PT011
-        train.write(path, fails)
+        benchmark.write(path, fails)
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
 

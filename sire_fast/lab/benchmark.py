@@ -574,6 +574,16 @@ def versions() -> dict[str, str]:
     return {"sire_fast": sire_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+def write(path: Path, writer: Callable[[Path], object]) -> None:
+    """Make a file appear whole or not at all: `writer` fills one beside it, which then takes its place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        writer(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _processor() -> str:
     """Its name and the numbers of its model, which tell apart what has one name, as far as the system knows them."""
     # py-cpuinfo gives the same name, after starting processes for a second

@@ -34,12 +34,12 @@ from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting
+from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, write
 from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import INSPECTED, Config, Run, by_first, check_device, claim, evaluate, of_all, write
+from sire_fast.lab.train import INSPECTED, Config, Run, by_first, check_device, claim, evaluate, of_all
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)

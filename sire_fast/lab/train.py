@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -36,6 +35,7 @@ from torch import Tensor, distributed, nn
 import sire_fast
 from sire_fast import schedules
 from sire_fast.lab import benchmark
+from sire_fast.lab.benchmark import write
 from sire_fast.lab.tasks import TASKS, Task
 from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
@@ -482,16 +482,6 @@ def _curves(run: Run) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Make a file appear whole or not at all: `writer` fills one beside it, which then takes its place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        writer(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

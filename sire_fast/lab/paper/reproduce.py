@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import data, experiments, report
 from sire_fast.lab.paper.experiments import EXPERIMENTS, Case, choosing
 from sire_fast.lab.paper.trials import Trial, best, run_all
-from sire_fast.lab.train import write
 
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")

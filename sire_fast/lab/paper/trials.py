@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from sire_fast.lab import baselines, benchmark
+from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import data
 from sire_fast.lab.paper.problems import Classes, LocalImages, Sequences
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import CLIP, too_short_to_swap, write
+from sire_fast.lab.train import CLIP, too_short_to_swap
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
 
