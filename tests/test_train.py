@@ -348,6 +348,15 @@ def test_a_gradient_that_is_not_finite_leaves_the_last_checkpoint(tmp_path, monk
     assert all(p.isfinite().all() for p in last.model.parameters())
 
 
+@pytest.mark.parametrize("words", [("train", "sum"), ("demo",), ("reproduce", "figure1")], ids=lambda words: words[0])
+@pytest.mark.parametrize("inside", ["", "run"])
+def test_a_file_in_the_place_of_a_directory_is_told_first(capsys, words, inside):
+    Path("file").write_text("mine")
+    code, _, err = command(capsys, *words, "--out", Path("file", inside))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "file: expected a directory, found a file" in err
+
+
 def test_doctor(capsys):
     code, out, _ = command(capsys, "doctor")
     assert code == 0

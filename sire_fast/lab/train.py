@@ -175,13 +175,21 @@ def by_first(action: Callable[[], Result]) -> Result:
     return result
 
 
+def check_directory(path: Path) -> None:
+    """Raise a ValueError where a file stands in its way."""
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there}: expected a directory, found a file")
+
+
 def claim(directory: Path, force: bool = False) -> None:
     """Make a directory, and nobody else's run in it, ready for a new run.
 
     Raises:
-        ValueError: it holds a run, which `force` would delete.
+        ValueError: it is a file, or holds a run, which `force` would delete.
         OSError: it cannot be made.
     """
+    check_directory(directory)
     held = [name for name in FILES if (directory / name).exists()]
     if held and not force:
         raise ValueError(f"{directory}: holds a run already; --resume goes on with it, --force replaces it")

@@ -15,6 +15,7 @@ from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import data, experiments, report
 from sire_fast.lab.paper.experiments import EXPERIMENTS, Case, choosing
 from sire_fast.lab.paper.trials import Trial, best, run_all
+from sire_fast.lab.train import check_directory
 
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")
@@ -39,6 +40,7 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
     for argument, value, known in (("name", name, NAMES), ("preset", preset, PRESETS)):
         if value not in known:
             raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
+    check_directory(out)
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     if seeds is not None and name == "cost":
