@@ -108,9 +108,12 @@ def test_what_a_kernel_raises_is_a_failure_and_what_it_refuses_is_none(monkeypat
 @pytest.mark.parametrize(("cell", "hidden", "draws"), [("gru", 64, 1), ("gru", 8, 3), ("rnn_relu", 64, 3)])
 def test_luck_has_as_many_chances_as_before_a_kernel_is_used(cell, hidden, draws, monkeypatch):
     tried = []
-    monkeypatch.setattr(gpu_check, "check_case", lambda *arguments: tried.append(arguments[4]) or ["wrong"])
-    checked = gpu_check.check_cases(Checked("cpu", cell, "float32"), [Case(3, 2, hidden)], "cpu")
-    assert (tried, checked.passed, len(checked.failures)) == ([*range(draws)], 0, 1)
+    monkeypatch.setattr(gpu_check, "check_case", lambda *arguments: tried.append(arguments[4]) or found)
+    for found, expected in (([["error"], []], draws), ([["error"], ["other bits"]], 1), ([[], []], 1)):
+        tried.clear()
+        checked = gpu_check.check_cases(Checked("cpu", cell, "float32"), [Case(3, 2, hidden)], "cpu")
+        assert (tried, len(checked.failures)) == ([*range(expected)], len(found[0] + found[1]))
+        assert checked.passed == (not checked.failures)
 
 
 def hang() -> None:
