@@ -2,6 +2,7 @@
 #include "bindings.h"
 
 #include <limits>
+#include <memory>
 #include <tuple>
 
 #include "memory.h"

@@ -33,9 +33,10 @@ const InstructionSet* best() {
   const char* const given = std::getenv("ATEN_CPU_CAPABILITY");
   const std::string limit = given ? given : "";
   const std::string beyond = limit == "default" ? "Avx" : limit == "avx2" ? "Avx512" : "none";
-  for (const auto* set : instruction_sets())
-    if (std::string(set->name).rfind(beyond, 0) != 0) return set;
-  return &kBaseline;
+  const auto sets = instruction_sets();
+  return *std::find_if(sets.begin(), sets.end(), [&](const InstructionSet* set) {  // the last one always does
+    return std::string(set->name).rfind(beyond, 0) != 0;
+  });
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from sire_fast import backends, functional
-from sire_fast.layers import _MODE_CELLS, _SwapLayer
+from sire_fast.layers import _MODE_CELLS, has_own_forward
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Blocks
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LAYERS = (nn.RNN, nn.GRU, nn.LSTM)
-_FORWARDS = (_SwapLayer.forward, *(layer.forward for layer in _LAYERS))  # what the operator computes
 _NOISE = 0.01  # smallest change that the picture shows, as a part of the answers' size
 
 
@@ -244,7 +243,7 @@ class _Changes:
 
 def _has_kernel(model: Any) -> bool:
     """Whether the operator computes what the model does, on a kernel."""
-    if not isinstance(model, _LAYERS) or type(model).forward not in _FORWARDS or "forward" in vars(model):
+    if not isinstance(model, _LAYERS) or has_own_forward(model):
         return False
     if model._forward_pre_hooks or model._forward_hooks:  # which may change anything
         return False

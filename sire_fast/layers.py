@@ -16,7 +16,7 @@ from sire_fast import swaps as samplers
 from sire_fast.cells import CELLS, States
 from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Note, Weight, in_backward, runs_again, warn
 from sire_fast.passes import Compared, Network, Pairs
-from sire_fast.reference import check_lengths, has_values
+from sire_fast.reference import check_lengths, readable
 from sire_fast.swaps import Adjacent, Sampler
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
@@ -294,7 +294,7 @@ class _SwapLayer(nn.RNNBase):
         if self._warned or torch.compiler.is_compiling() or (steps > 1 and self._exchanged):
             return
         seen = torch._C._len_torch_dispatch_stack() > 0  # by a trace, perhaps, which cannot give a value
-        if steps > 1 and (seen or not has_values(pairs) or pairs.device.type != "cpu"):
+        if steps > 1 and (seen or not readable(pairs)):
             return
         self._exchanged = steps > 1 and not torch.equal(pairs[..., 0], pairs[..., 1])
         if not self._exchanged:
@@ -446,6 +446,12 @@ def _check_settings(swaps: Any, compare: str) -> None:
         raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
     if compare not in COMPARES:
         raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
+
+
+def has_own_forward(layer: nn.RNNBase) -> bool:
+    """Whether a layer runs another forward than torch's or ours, of a subclass or of its own."""
+    known = (_SwapLayer.forward, nn.RNN.forward, nn.GRU.forward, nn.LSTM.forward)
+    return "forward" in vars(layer) or type(layer).forward not in known
 
 
 def _check_forward(name: str, module: nn.RNNBase) -> None:

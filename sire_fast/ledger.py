@@ -194,8 +194,8 @@ class Ledger:
             )
         self.weight = weight
         self.joins = weight is not None
-        # of the last run of a compiled function: what its forwards compare, or else their notes
         self._unread: int | None = 0  # backwards before the penalty was read for the first time; None after it
+        # of the last run of a compiled function: what its forwards compare, or else their notes
         self.traced: tuple[Any, ...] = ()
         self._ran_by: _State | None = None  # the state of the thread that has run it
         watches = isinstance(weight, Real) and weight == 0
@@ -482,7 +482,7 @@ class _GiveTransformed(torch.autograd.Function):
 # In a compiled function, which neither keeps nor reads Python's objects when it runs, operators do it.
 
 ops.LIBRARY.define("note(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
-ops.LIBRARY.define("share(Tensor gradient, Tensor note, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+ops.LIBRARY.define("share(Tensor gradient, Tensor note) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 ops.LIBRARY.define("turn(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 
 
@@ -490,14 +490,14 @@ class _GiveTraced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: int, penalty: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
         noted = torch.ops.sire_fast.note(penalty, ledger)
-        ctx.ledger, ctx.shape = ledger, penalty.shape
+        ctx.shape = penalty.shape
         ctx.save_for_backward(noted)
         ctx.mark_non_differentiable(noted)
         return noted, *(t.clone() for t in results)
 
     @staticmethod
     def backward(ctx: Any, _: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        share = torch.ops.sire_fast.share(grads[0], *ctx.saved_tensors, ctx.ledger)
+        share = torch.ops.sire_fast.share(grads[0], *ctx.saved_tensors)
         return None, share.expand(ctx.shape), *grads
 
 
@@ -517,7 +517,7 @@ def _noted(penalty: Tensor, ledger: int) -> Tensor:
 
 
 @torch.library.impl("sire_fast::share", "CompositeExplicitAutograd")
-def _share(gradient: Tensor, note: Tensor, ledger: int) -> Tensor:
+def _share(gradient: Tensor, note: Tensor) -> Tensor:
     found = _notes.get(int(note))
     if found is None:
         raise RuntimeError(
@@ -529,7 +529,7 @@ def _share(gradient: Tensor, note: Tensor, ledger: int) -> Tensor:
 
 
 @torch.library.register_fake("sire_fast::share")
-def _shared(gradient: Tensor, note: Tensor, ledger: int) -> Tensor:
+def _shared(gradient: Tensor, note: Tensor) -> Tensor:
     return gradient.new_empty((), dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 

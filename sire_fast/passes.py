@@ -118,8 +118,12 @@ def why_not_fused(network: Network, *, swapping: bool, batch: int | None = None)
 
 def backend(network: Network) -> str:
     """What computes a network: one of sire_fast.backends.BACKENDS, or "torch" for torch's own layers."""
-    call = network.call()
-    return "torch" if network.projected or _why_no_kernel(call) else backends.choose("auto", **call)
+    return backends.choose("auto", **network.call()) if runs_on_kernels(network) else "torch"
+
+
+def runs_on_kernels(network: Network) -> bool:
+    """Whether our kernels compute a network's layers, fused or not, and not torch's own."""
+    return not (network.projected or _why_no_kernel(network.call()))
 
 
 def _why_no_kernel(call: dict[str, Any]) -> list[str]:
@@ -217,7 +221,7 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
     both = with_variants(x, pairs.swaps).flatten(1, 2)  # (T, B * (1 + K), I)
     states = tuple(s.repeat_interleave(rows, 1) for s in hx)
     lengths = None if lengths is None else lengths.repeat_interleave(rows)
-    y, last = plain(network, both, lengths, states, backend(network) != "torch", rows)
+    y, last = plain(network, both, lengths, states, runs_on_kernels(network), rows)
     y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
     final = tuple(s.unflatten(1, (batch, rows)) for s in last)
 

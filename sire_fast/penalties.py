@@ -11,7 +11,7 @@ from sire_fast import ops
 from sire_fast.layers import _SwapLayer
 from sire_fast.ledger import warn
 from sire_fast.passes import Compared
-from sire_fast.reference import check_swaps, has_values, with_variants
+from sire_fast.reference import check_lengths, check_swaps, readable, with_variants
 from sire_fast.swaps import Sampler
 
 
@@ -137,10 +137,12 @@ def swap_penalty(
     """
     sequences = x.transpose(0, 1) if batch_first else x
     steps, batch = sequences.shape[:2]
+    if lengths is not None:
+        check_lengths(steps, batch, lengths)
     if not isinstance(swaps, Tensor):
         swaps = swaps(steps if lengths is None else lengths, batch, None, x.device)
     check_swaps(sequences, swaps, lengths)
-    if swaps.device.type == "cpu" and has_values(swaps) and not (swaps[..., 0] < swaps[..., 1]).any():
+    if readable(swaps) and not (swaps[..., 0] < swaps[..., 1]).any():
         warn(f"nothing to swap in these sequences of up to {steps} steps: the penalty is 0")
     rows = [*with_variants(sequences, swaps).unbind(2)]  # 1 + K of (T, B, ...)
     if batch_first:

@@ -32,7 +32,7 @@ from sire_fast.backends import cpu, gpu
 from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS, States
 from sire_fast.inspection import evaluating
-from sire_fast.layers import _SwapLayer
+from sire_fast.layers import _SwapLayer, has_own_forward
 from sire_fast.passes import Network, Pairs
 
 Results = dict[str, Tensor]
@@ -398,7 +398,7 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
             hook.remove()
     rows = []
     for name, layer in layers.items():
-        if type(layer).forward is not _SwapLayer.forward:
+        if has_own_forward(layer):
             rows.append(Row(name, "", refused=[f"{name}: {type(layer).__name__} has a forward of its own"]))
         elif layer in given:
             args, kwargs = given[layer]
@@ -463,7 +463,7 @@ def _results(
         flat = [weight for directions in layers for each in directions for weight in each]
         network = network._replace(weights=layers)
         if pairs is None:
-            output, last = passes.plain(network, x, lengths, states, passes.backend(network) != "torch")
+            output, last = passes.plain(network, x, lengths, states, passes.runs_on_kernels(network))
             values = {"output": output}
         else:
             output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)

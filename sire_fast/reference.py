@@ -176,7 +176,7 @@ def check_lengths(steps: int, batch: int, lengths: Tensor) -> None:
     """Raise a ValueError unless `lengths` can be those of so many sequences; values where they can be read."""
     if lengths.shape != (batch,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths: expected ({batch},) int64, got {tuple(lengths.shape)} {lengths.dtype}")
-    if _readable(lengths) and (outside := (lengths < 1) | (lengths > steps)).any():
+    if readable(lengths) and (outside := (lengths < 1) | (lengths > steps)).any():
         raise ValueError(f"lengths: expected 1 <= length <= {steps}, got {lengths[outside][0]}")
 
 
@@ -186,8 +186,6 @@ def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:
     steps, batch = x.shape[:2]
     if swaps.dim() != 3 or swaps.shape[::2] != (batch, 2) or swaps.dtype != torch.int64:
         raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(swaps.shape)} {swaps.dtype}")
-    if lengths is not None:
-        check_lengths(steps, batch, lengths)
     check_positions(steps, swaps, *fill_defaults(x, swaps, None, lengths))
 
 
@@ -197,7 +195,7 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
     Tensors of another device than the CPU are not looked at: that would make the host wait for it. Nor are those of a
     trace; the operator does it when it runs.
     """
-    if not _readable(swaps):
+    if not readable(swaps):
         return
     check_lengths(steps, len(swaps), lengths)
     i, j = swaps.unbind(-1)
@@ -227,5 +225,6 @@ def has_values(*tensors: Tensor) -> bool:
     return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
 
 
-def _readable(positions: Tensor) -> bool:
+def readable(positions: Tensor) -> bool:
+    """Whether positions can be looked at without making the host wait for a device."""
     return positions.device.type == "cpu" and has_values(positions)

@@ -251,6 +251,10 @@ class Scaled(sire_fast.GRU):
 def test_a_layer_with_a_forward_of_its_own_is_refused():
     report = sire_fast.check(Scaled(3, 4), torch.randn(5, 2, 3), 2.0)
     assert "Scaled has a forward of its own" in str(report)
+    layer = sire_fast.GRU(3, 4)
+    plain = layer.forward
+    layer.forward = lambda x, scale: plain(x * scale)
+    assert "GRU has a forward of its own" in str(sire_fast.check(layer, torch.randn(5, 2, 3), 2.0))
 
 
 def test_all_steps_of_stacked_variants_run_on_the_kernels_too():
