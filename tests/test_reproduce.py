@@ -515,15 +515,17 @@ def test_the_overview_tells_the_last_target_that_all_runs_reach():
     assert lines == [["a", "1.50, 9.0 (1 of 1)"], ["b", "1.50, 9.0 (1 of 1)"]]
 
 
-def test_a_history_against_epochs_is_the_mean_over_seeds():
+def test_a_drawn_history_is_the_mean_over_seeds():
     run, case = trials.run(TINY), experiments.Case("s", "m", TINY)
     first, *others = run["history"]
-    better = run | {"history": [first | {"validation": first["validation"] + 0.5}]}  # and ended earlier
+    better = {"seconds": first["seconds"] + 3.0, "validation": first["validation"] + 0.5}
+    better = run | {"history": [first | better]}  # and ended earlier
     experiment = experiments.Experiment("about", lambda: iter(()), "epochs")
     (row,) = report.summary("name", experiment, [case], [[run, better]])["rows"]
     assert others
     assert row["epoch"] == run["epoch"]
-    assert row["history"] == [[{"step": first["step"], "validation": pytest.approx(first["validation"] + 0.25)}]]
+    mean = {"step": first["step"], "seconds": first["seconds"] + 1.5, "validation": first["validation"] + 0.25}
+    assert row["history"] == [pytest.approx(mean)]
 
 
 def test_the_gap_to_a_published_number_is_printed():

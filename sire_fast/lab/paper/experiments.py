@@ -61,8 +61,8 @@ class Experiment:
     Attributes:
         about: its question.
         cases: its rows.
-        picture: "test" (curves over test lengths, or dots), "history" (validation of each seed against seconds),
-            "epochs" (its mean over the seeds against epochs) or "heat map".
+        picture: "test" (curves over test lengths, or dots where there are few), "dots" (at the first of `at`), "epochs"
+            or "seconds" (validation against them, mean over the seeds) or "heat map".
         published: (setting, method) -> accuracy, from the paper, on the data named
         published_on: how the names of such data begin. A gap to other data would say nothing.
         at: the test lengths that overviews tell, where there are several; of classes also how many seeds have an
@@ -397,7 +397,7 @@ EXPERIMENTS = {
         seeds=3,
     ),
     "half-range": Experiment(
-        "largest of one half minus smallest of the other: order matters in part", _half_range, at=("10", "50")
+        "largest of one half minus smallest of the other: order matters in part", _half_range, "dots", at=("10", "50")
     ),
     "lp-mnist-rows": Experiment(
         "digits whose neighbouring pixels have changed places, read by rows",
@@ -423,7 +423,7 @@ EXPERIMENTS = {
     "convergence": Experiment(
         "epochs and seconds until a range is learned",
         _convergence,
-        "history",
+        "seconds",
         targets=(0.25, 0.5, 0.75, 0.9),
     ),
     "lengths": Experiment("length of training against length of the test", _lengths, "heat map", at=("100",)),

@@ -72,11 +72,8 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 row["published"] = published
                 if runs[0]["source"].lower().startswith(experiment.published_on.lower()):
                     row["gap"] = row["metrics"][own]["test"]["mean"] - published
-            histories = [run["history"] for run in runs]
-            if budget == "steps" and experiment.picture == "history":
-                row["history"] = histories
-            if budget == "steps" and experiment.picture == "epochs":
-                row["epoch"], row["history"] = runs[0]["epoch"], [_mean_history(histories)]
+            if budget == "steps" and experiment.picture in ("epochs", "seconds"):
+                row["epoch"], row["history"] = runs[0]["epoch"], _mean_history([run["history"] for run in runs])
             rows.append(row)
     runs = [run for runs in results for run in runs]
     return {
@@ -100,7 +97,7 @@ def _spread(values: list[float]) -> dict[str, float | None]:
 def _mean_history(runs: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     """Of runs that were validated at the same steps; as far as all of them go."""
     return [
-        {"step": lines[0]["step"], "validation": statistics.fmean(line["validation"] for line in lines)}
+        {key: statistics.fmean(line[key] for line in lines) for key in ("step", "seconds", "validation")}
         for lines in zip(*runs, strict=False)
     ]
 
@@ -267,12 +264,12 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
             axes.set_title(f"{panel}: {_drawn(rows[0])[0]}", loc="left", fontsize=10)
             _heat_map(axes, [row for row in rows if row["method"] == panel], LogNorm(min(errors), max(errors)))
             continue
-        if kind in ("history", "epochs"):
+        if kind in ("epochs", "seconds"):
             _history(axes, [row for row in rows if row["setting"] == panel], styles, kind)
         else:
             here = [row for row in rows if row["setting"] == panel]
-            if len(_drawn(here[0])[1]) <= 2:  # no curve
-                _dots(axes, here, styles, f"published ({found['published_on']})")
+            if kind == "dots" or len(_drawn(here[0])[1]) <= 2:  # no curve
+                _dots(axes, here, styles, found)
             else:
                 _curves(axes, here, styles)
         axes.grid(alpha=0.25)
@@ -328,17 +325,19 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         _logarithmic(axes, "y")
 
 
-def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], published: str) -> None:
-    """A dot with its standard deviation for each method, at the first test length; bars from 0 hide much."""
+def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], found: dict[str, Any]) -> None:
+    """A dot with its standard deviation for each method, at the first length that is told; bars from 0 hide much."""
     for n, row in enumerate(rows):
         metric, values = _drawn(row)
-        column, value = next(iter(values.items()))
+        column = next(c for c in (*found["at"], *values) if c in values)
+        value = values[column]
         colour = styles[row["method"]]["color"]
         mean, sd = value["mean"], value["sd"] or 0.0
         above = min(sd, 1 - mean) if metric == "accuracy" else sd
         axes.errorbar(mean, -n, xerr=[[sd], [above]], fmt="o", color=colour, markersize=8, capsize=4)
         if "published" in row:
-            axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=published)
+            label = f"published ({found['published_on']})"
+            axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=label)
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
     axes.set_xlabel(metric if len(values) == 1 else f"{metric} at {column}")
     if metric != "accuracy":
@@ -357,10 +356,9 @@ def _logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
 def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], kind: str) -> None:
     for row in rows:
         key, factor = ("step", row["config"]["batch"] / row["epoch"]) if kind == "epochs" else ("seconds", 1)
-        for n, lines in enumerate(row["history"]):
-            style = styles[row["method"]] | {"markevery": max(1, len(lines) // 8), "alpha": 0.8}
-            label = None if n else row["method"]
-            axes.plot([factor * p[key] for p in lines], [p["validation"] for p in lines], label=label, **style)
+        lines = row["history"]
+        style = styles[row["method"]] | {"label": row["method"], "markevery": max(1, len(lines) // 8), "alpha": 0.8}
+        axes.plot([factor * line[key] for line in lines], [line["validation"] for line in lines], **style)
     metric = next(iter(rows[0]["metrics"]))
     axes.set(xlabel="epochs" if kind == "epochs" else "seconds of training on a core", ylabel=f"validation {metric}")
     if metric == "accuracy":
