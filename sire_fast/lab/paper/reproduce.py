@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import data, experiments, report
-from sire_fast.lab.paper.experiments import EXPERIMENTS, Case, choosing
+from sire_fast.lab.paper.experiments import EXPERIMENTS, Case
 from sire_fast.lab.paper.trials import Trial, best, run_all
 from sire_fast.lab.train import check_directory
 
@@ -82,7 +82,7 @@ def reproduce(
         machine = found["settings"][0]["machine"]
         commits = [machine["commit"]]
     else:
-        choices = [(p, choosing(t)) for row in rows for p, t in zip(row.choices, row.case.choices, strict=True)]
+        choices = [each for row in rows for each in zip(row.choices, row.case.choosing(), strict=True)]
         run_all(choices, workers, finished)
         chosen = [_chosen(row) for row in rows]
         trials = [
