@@ -7,6 +7,7 @@ PyTorch in the same dtype.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -316,8 +317,17 @@ def environment(device: torch.device | str) -> dict[str, str]:
         found["triton"] = triton_version() or "of unknown version"
     major, minor = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)} of capability {major}.{minor}"
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # in builds with CUDA
-    return found | {"CUDA": str(torch.version.cuda), "driver": str(driver), "on": name}
+    return found | {"CUDA": str(torch.version.cuda), "driver": _driver_version(), "on": name}
+
+
+def _driver_version() -> str:
+    """Of CUDA, as far as the driver knows it: 13000 is 13.0. torch does not tell it."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "of unknown version"
+    return str(version.value)
 
 
 def triton_version() -> str | None:
