@@ -228,7 +228,11 @@ def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def projected(x: Tensor, w_ih: Tensor | None, b_ih: Tensor | None) -> Tensor:
-    return x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
+    """In the dtype of x, as the kernels read it: autocast, if on, has been heeded before, or came on since the forward."""
+    if w_ih is None:
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, w_ih, b_ih)
 
 
 def fill_projected(
