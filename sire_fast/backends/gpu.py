@@ -176,10 +176,16 @@ class Call:
 
     @classmethod
     def of(cls, cell: str, x: Tensor, h0: Tensor, swaps: Tensor, spans: Tensor | None) -> Call:
-        """Of a call that keeps `spans`, or keeps none."""
+        """Of a call that keeps `spans`, or keeps none.
+
+        Raises:
+            ValueError: the kernels, which count rows, or blocks of threads, in 32 bits, cannot count those of the call.
+        """
         (T, B, _), K, H = x.shape, swaps.shape[1], h0.shape[1]
         # kept or not, at least the state before a step and that after it
         S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
+        if (rows := B * (T + 2 * K * S)) >= 1 << 31:
+            raise ValueError(f"swaps: expected T*B + 2*B*K*S, S the longest span, below 2**31, got {rows}")
         return cls(cell, T, B, K, H, S, torch.promote_types(x.dtype, torch.float32))
 
     def states(self, first: Any, second: Any) -> tuple[Any, ...]:
