@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-
 WORKERS = min(16, os.cpu_count() or 1)  # each takes half a GB of a GPU before it does anything
 
 

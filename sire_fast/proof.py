@@ -192,6 +192,7 @@ _SMALL = Case(7, 5, 0, "uniform:3", ragged=True)  # of the H that is asked for
 _known: dict[tuple[Any, ...], list[str]] = {}
 
 
+@gpu.constant
 def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:
     """The reason why a backend that says it serves such calls is not to be trusted with them, none if it computes a
     small one right. That is tried once, remembered in a file, for this card and these versions, and told in a warning
@@ -213,10 +214,6 @@ def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.devic
         else:
             _remember(file, key)
     return _known[key]
-
-
-# as torch.compiler.assume_constant_result does, which loads the compiler
-failures._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
 
 
 def _tried(backend: str, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:

@@ -59,6 +59,7 @@ class Group(NamedTuple):
     mailbox: bool
 
 
+@gpu.constant
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
     if reasons := gpu.why_not_here("cuda", device):

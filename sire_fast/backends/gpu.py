@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,22 @@ from torch import Tensor
 from sire_fast import reference
 from sire_fast.cells import CELLS
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """A function that torch.compile calls, and does not look into: what it returns for arguments that are no symbols
+    stands in the graph. As torch.compiler.assume_constant_result, which loads the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
+    return function
+
+
 # (cell, H rounded up to a power of two, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
 # backend, or "torch" for cuDNN on the stacked variants
 FASTEST: dict[tuple[str, int, str, int], str] = {}
 
 
+@constant
 def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> str | None:
     """Who was measured to be the fastest on such a GPU; None if nobody has measured it."""
     if not FASTEST or torch.device(device).type != "cuda" or not torch.cuda.is_available():
@@ -59,6 +70,7 @@ PREDICTED: dict[tuple[str, str, str], tuple[float, ...]] = {
 CUDNN = 28.0
 
 
+@constant
 def predicted(*, cell: str, dtype: torch.dtype, hidden_size: int) -> dict[str, float]:
     """Microseconds of PREDICTED at the next larger H, by backend, the fastest first; empty where there are none."""
     at = bisect.bisect_left(PREDICTED_HIDDEN, hidden_size)
@@ -68,6 +80,7 @@ def predicted(*, cell: str, dtype: torch.dtype, hidden_size: int) -> dict[str, f
     return dict(sorted(us.items(), key=lambda item: item[1]))
 
 
+@constant
 def slower_than_torch(backend: str, *, cell: str, dtype: torch.dtype, hidden_size: int) -> list[str]:
     """The reason why cuDNN, on the stacked variants, is expected to be faster than a kernel."""
     us = predicted(cell=cell, dtype=dtype, hidden_size=hidden_size).get(backend, math.inf)
@@ -234,7 +247,7 @@ def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def projected(x: Tensor, w_ih: Tensor | None, b_ih: Tensor | None) -> Tensor:
-    """In the dtype of x, as the kernels read it: autocast, if on, has been heeded before, or came on since the forward."""
+    """In the dtype of x, as the kernels read it: autocast, where it is on, was heeded before, or came on since then."""
     if w_ih is None:
         return x
     with torch.autocast(x.device.type, enabled=False):
