@@ -154,8 +154,11 @@ def _first(*, device: torch.device | str, hidden_size: int, **numbers: Any) -> t
 
 def _by_speed(*, device: torch.device, **numbers: Any) -> list[str]:
     """Kernels in the order in which they are asked: on a GPU as measured, or else as predicted."""
-    if device.type != "cuda":
-        return [*KERNELS]
+    return [*KERNELS] if device.type != "cuda" else _by_speed_on_a_gpu(device=device, **numbers)
+
+
+@gpu.constant
+def _by_speed_on_a_gpu(*, device: torch.device, **numbers: Any) -> list[str]:
     first = [gpu.fastest(device=device, **numbers), *gpu.predicted(**numbers), *KERNELS]
     return [name for name in dict.fromkeys(first) if name in KERNELS]
 

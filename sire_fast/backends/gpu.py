@@ -70,7 +70,6 @@ PREDICTED: dict[tuple[str, str, str], tuple[float, ...]] = {
 CUDNN = 28.0
 
 
-@constant
 def predicted(*, cell: str, dtype: torch.dtype, hidden_size: int) -> dict[str, float]:
     """Microseconds of PREDICTED at the next larger H, by backend, the fastest first; empty where there are none."""
     at = bisect.bisect_left(PREDICTED_HIDDEN, hidden_size)
