@@ -19,7 +19,7 @@ from oracle import Case, assert_as_good_as_reference, assert_padding_does_not_ma
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import aot
-from sire_fast import GRU, backends, passes, proof
+from sire_fast import GRU, backends, proof
 from sire_fast.backends import cuda, gpu
 from sire_fast.backends.cuda import Chip, Group
 from sire_fast.backends.gpu import Plan
@@ -160,35 +160,6 @@ def test_auto_takes_what_was_measured_or_else_what_is_predicted(
     call = layer._network.call() | {"device": torch.device("cuda")}
     monkeypatch.setattr(Network, "call", lambda network: call)
     assert layer.backend == served
-
-
-CHOICES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "auto": lambda call: backends.choose("auto", **call),
-    "triton": lambda call: backends.choose("triton", **call),
-    "cuda": lambda call: backends.choose("cuda", **call),
-    "of a layer": passes._why_no_kernel,
-}
-
-
-@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
-def test_a_choice_on_a_gpu_is_one_graph(
-    choice: Callable[[dict[str, Any]], Any], host: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch.compile looks into no extension, and not into all of Python's library."""
-    monkeypatch.setattr(host, "device", "cuda")
-    monkeypatch.setattr(gpu, "why_not_here", lambda *_: [])
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(proof, "_tried", lambda *_: [])
-    monkeypatch.setattr(proof, "environment", lambda _: {})
-    calls = {"cell": "gru", "dtype": HALF, "device": torch.device("cuda")}
-
-    def told(x: torch.Tensor) -> torch.Tensor:
-        return x * len(str(choice({**calls, "hidden_size": x.shape[0]})))
-
-    torch.compiler.reset()
-    compiled = torch.compile(told, fullgraph=True, backend="eager")
-    for hidden in (100, 120, 1024):  # a size that changes becomes a symbol
-        assert torch.equal(compiled(torch.ones(hidden)), told(torch.ones(hidden)))
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
