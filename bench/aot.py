@@ -168,6 +168,8 @@ def extension() -> dict[int, list[Usage]]:
     found: dict[int, list[Usage]] = {}
     for code in re.split(r"(?=\barch = )", _dump(cuda._cuda.__file__))[1:]:
         capability = int(re.match(r"arch = sm_(\d+)", code)[1])
+        if capability not in PROCESSORS:  # of a build for the card that is there
+            continue
         chip = Chip(divmod(capability, 10), PROCESSORS[capability], 1024 * SHARED_MEMORY[capability])
         for name, told in re.findall(r"Function (\S+):\s*(.*)", code):
             kernel = _KERNEL.search(name)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases, first_line
-from bench.processes import Lost, answers
+from bench.processes import WORKERS, Lost, answers, broken
 from sire_fast import backends, proof, swaps
 from sire_fast.backends import cuda
 from sire_fast.cells import CELLS
@@ -45,6 +45,7 @@ ITEM = 8.0  # seconds of one setting, after its warm-up
 ROUNDS, QUICK_ROUNDS, FEWEST = 11, 2, 3  # of a contestant; FEWEST however slow it is
 INPUTS = 3  # sets that take turns, so that the cache does not hold the input of the next step
 BARRIERS = 10_000  # behind each other, to time one
+ALONE = 30.0  # seconds for all kinds of them, in a process of their own
 AT_LEAST = 0.01  # seconds between two events: the clock of a GPU is coarse
 
 _CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}  # a Setting's name -> a key of CELLS
@@ -202,26 +203,32 @@ def seconds_of(run: Callable[[], object], repeat: int, device: str) -> float:
 
 
 def rates(device: str, side: int = 8192) -> dict[str, float]:
-    """What the device reaches: bytes per second of a copy, read and written, operations per second of a product of
-    square matrices in every arithmetic, and, if the extension is there, seconds of a barrier of a block, "barrier", of
-    clusters of blocks, "barrier of 2" and so on, and of groups that meet in memory, "barrier of 2 in memory"."""
-
-    def median(run: Callable[[], object]) -> float:
-        seconds_of(run, 3, device)
-        return quartiles([seconds_of(run, 1, device) for _ in range(7)]).median
-
+    """What the device reaches: bytes per second of a copy, read and written, and operations per second of a product of
+    square matrices in every arithmetic."""
     a = torch.randn(2 * side, 2 * side, device=device)
     b = torch.empty_like(a)
-    found = {"bandwidth": 2 * a.nbytes / median(lambda: b.copy_(a))}
+    found = {"bandwidth": 2 * a.nbytes / _median(lambda: b.copy_(a), device)}
     for name, dtype in DTYPES.items():
         square = torch.randn(side, side, device=device).to(dtype)
         with arithmetic_of(name):
-            found[name] = 2 * side**3 / median(lambda square=square: square @ square)
+            found[name] = 2 * side**3 / _median(lambda square=square: square @ square, device)
+    return found
+
+
+def barriers(device: str) -> dict[str, float]:
+    """If the extension is there, seconds of a barrier of a block, "barrier", of clusters of blocks, "barrier of 2" and
+    so on, and of groups that meet in memory, "barrier of 2 in memory"."""
+    found, x = {}, torch.empty(0, device=device)
     for group in cuda.groups(torch.device(device)):
-        took = median(lambda group=group: cuda.barriers(BARRIERS, group, a))
+        took = _median(partial(cuda.barriers, BARRIERS, group, x), device)
         where = f" of {group.blocks}" * (group.blocks > 1) + " in memory" * group.mailbox
         found["barrier" + where] = took / BARRIERS
     return found
+
+
+def _median(run: Callable[[], object], device: str) -> float:
+    seconds_of(run, 3, device)
+    return quartiles([seconds_of(run, 1, device) for _ in range(7)]).median
 
 
 class Runner:
@@ -379,6 +386,8 @@ def prepare(item: Item, name: str, checks: bool) -> Checked:
             for each in item.contestants([name]):
                 if each.removesuffix(" plain") == name:
                     Runner(setting, each).run("step")
+        if broken():
+            found.failures.append(f"{name} {item}: breaks the CUDA context of its process")
     return found
 
 
@@ -412,7 +421,7 @@ def prepare_all(
         group.skipped += 1
     add(items[FIRST:])
     ready = set()
-    for n, answer in answers([task for task, *_ in tasks], os.cpu_count() or 1, clock.left - TOTAL + PREPARED, TASK):
+    for n, answer in answers([task for task, *_ in tasks], WORKERS, clock.left - TOTAL + PREPARED, TASK):
         task, item, group = tasks[n]
         name = f"{group.backend} {group.cell} {group.arithmetic}"
         if isinstance(answer, Lost):
@@ -426,7 +435,7 @@ def prepare_all(
             clock.say(f"WRONG {failure}")
         if item is None:
             group.skipped -= 1
-        else:
+        elif not answer.failures:
             ready.add((item, group.backend))
     clock.say(f"prepared {len(ready)} of {sum(item is not None for _, item, _ in tasks)}")
     return ready
@@ -522,7 +531,7 @@ def report(result: Mapping[str, Any]) -> str:
     failures = [failure for checked in result["checks"] for failure in checked["failures"]]
     lines += [f"WRONG {failure}" for failure in failures[:40]]
     for checked in result["checks"]:
-        counts = f"{checked['passed']} cases passed, {checked['skipped']} skipped: time"
+        counts = f"{checked['passed']} cases passed, {checked['skipped']} skipped: time or memory"
         refused = "; ".join(("", *checked["not_available"]))[:120]
         lines.append("check: {backend} {cell} {arithmetic}: ".format(**checked) + counts + refused)
     lines.append(f"correct: {str(result['correct']).lower()}, failures: {len(failures)}")
@@ -552,6 +561,11 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
     save()
     if items:
         result["rates"] = rates(device, 128 if options.quick else 8192)
+        for _, found_there in answers([partial(barriers, device)], 1, ALONE, ALONE):  # which might wait for ever
+            if isinstance(found_there, Lost):
+                clock.say(f"barriers: {found_there.why}")
+            else:
+                result["rates"] |= found_there
     for item in items:
         measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
         if clock.left > ITEM:

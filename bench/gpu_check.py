@@ -69,7 +69,7 @@ class Checked:
     passed: int = 0
     failures: list[str] = field(default_factory=list)
     not_available: list[str] = field(default_factory=list)  # reasons, each once
-    skipped: int = 0  # cases for which there was no time
+    skipped: int = 0  # cases for which there was no time, or no memory
 
     @property
     def correct(self) -> bool:
@@ -81,6 +81,7 @@ class Checked:
         self.passed += other.passed
         self.failures += other.failures
         self.not_available += [reason for reason in other.not_available if reason not in self.not_available]
+        self.skipped += other.skipped
 
     def why_not_timed(self) -> str | None:
         if self.failures:
@@ -158,13 +159,20 @@ def check_cases(checked: Checked, cases: Sequence[Case], device: str) -> Checked
         if reasons:
             checked.not_available += [reason for reason in reasons if reason not in checked.not_available]
             continue
+        out_of_memory = False
         for draw in range(proof.chances(cell, case.H)):
             try:
                 inexact, wrong = check_case(backend, cell, arithmetic, case, draw, device)
+            except torch.OutOfMemoryError:  # of a GPU that processes share: that says nothing of the kernel
+                out_of_memory = True
+                break
             except Exception as error:  # whatever a kernel raises here is what the check looks for
                 inexact, wrong = [], [first_line(error)]
             if wrong or not inexact:  # luck decides about errors alone
                 break
+        if out_of_memory:
+            checked.skipped += 1
+            continue
         failures = [f"{backend} {cell} {arithmetic} {case}: {what}" for what in inexact + wrong]
         checked.failures += failures
         checked.passed += not failures

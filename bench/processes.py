@@ -5,6 +5,7 @@ ever, when one of their processes dies."""
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
+
+WORKERS = min(16, os.cpu_count() or 1)  # each takes half a GB of a GPU before it does anything
 
 
 class Lost(NamedTuple):
@@ -99,11 +102,14 @@ def _serve(pipe: Connection) -> None:
         goes_on = True
         while goes_on:
             answer = pipe.recv()()
-            goes_on = not _broken()
+            goes_on = not broken()
+            if goes_on:
+                torch.cuda.empty_cache()  # others want the memory of their GPU
             pipe.send((answer, goes_on))
 
 
-def _broken() -> bool:
+def broken() -> bool:
+    """Whether something has broken the CUDA context of this process, in which nothing runs any more."""
     if not torch.cuda.is_initialized():
         return False
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import torch
 import triton
 
 from bench.gpu import Item, first_line, kernels, measure, seconds_of
-from bench.processes import answers
+from bench.processes import WORKERS, answers, broken
 from sire_fast import functional, swaps
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
@@ -31,6 +30,7 @@ from sire_fast.lab.benchmark import Setting, quartiles
 HIDDEN = (128, 256, 64, 512, 32, 1024)  # the most important first
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 STEPS, SEQUENCES, SWAPS = 256, 64, 8  # a step of it all is latency, as in most training
+FEW = 4  # of these steps, to compile a candidate and see it run
 ROUNDS, REPEAT = 7, 5
 COMPILED = 100.0  # seconds, in which a candidate has to be
 
@@ -69,40 +69,40 @@ class Tuned(NamedTuple):
         found = (resident if padded <= 256 else []) + (streamed if padded >= 64 else [])
         return [*dict.fromkeys([self.in_use, *found])]
 
-    def step(self, how: Launch) -> None:
+    def step(self, how: Launch, steps: int) -> None:
         """A forward and backward, as a layer asks for it."""
         before = launches.TUNED.get(self.key)
         launches.TUNED[self.key] = how
         try:
-            self._step()
+            self._step(steps)
         finally:
             del launches.TUNED[self.key]
             if before:
                 launches.TUNED[self.key] = before
 
-    def _step(self) -> None:
+    def _step(self, steps: int) -> None:
         generator = torch.Generator(self.device).manual_seed(0)
         width = CELLS[self.cell].gates * self.hidden
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtype)
 
-        x, h = normal(STEPS, SEQUENCES, width).requires_grad_(), normal(SEQUENCES, self.hidden)
+        x, h = normal(steps, SEQUENCES, width).requires_grad_(), normal(SEQUENCES, self.hidden)
         w = (normal(width, self.hidden) / self.hidden**0.5).requires_grad_()
-        pairs = swaps.Uniform(SWAPS)(STEPS, SEQUENCES, device=self.device)
+        pairs = swaps.Uniform(SWAPS)(steps, SEQUENCES, device=self.device)
         run = functional.swap_rnn(
             self.cell, x, w, None, h, h if self.cell == "lstm" else None,
-            swaps=pairs, backend="triton", longest=STEPS,
+            swaps=pairs, backend="triton", longest=steps,
         )  # fmt: skip
         (run.output.sum() + run.penalty.mean()).backward()
 
     def why_not(self, how: Launch) -> str:
-        """Why this chip does not run a launch; "" if it does."""
+        """Why this chip does not run a launch; "" if it does. Few steps: others run beside it, in the same memory."""
         try:
-            self.step(how)
+            self.step(how, FEW)
         except Exception as error:  # whatever a compiler dies of
             return first_line(error)
-        return ""
+        return "breaks the CUDA context of its process" if broken() else ""
 
 
 def fastest(what: Tuned, candidates: Sequence[Launch]) -> dict[Launch, float]:
@@ -110,7 +110,7 @@ def fastest(what: Tuned, candidates: Sequence[Launch]) -> dict[Launch, float]:
     times: dict[Launch, list[float]] = {candidate: [] for candidate in candidates}
     for _ in range(ROUNDS):
         for candidate, found in times.items():
-            found.append(seconds_of(partial(what.step, candidate), REPEAT, what.device))
+            found.append(seconds_of(partial(what.step, candidate, STEPS), REPEAT, what.device))
     medians = {candidate: quartiles(found).median for candidate, found in times.items()}
     return dict(sorted(medians.items(), key=lambda item: item[1]))
 
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = [(what, candidate) for what in todo for candidate in what.candidates()]
     compiled: dict[Tuned, list[Launch]] = {}
     calls = [partial(what.why_not, candidate) for what, candidate in tasks]
-    for n, why in answers(calls, os.cpu_count() or 1, limit / 2, COMPILED):
+    for n, why in answers(calls, WORKERS, limit / 2, COMPILED):
         what, candidate = tasks[n]
         if why:
             print(f"{what.key}: {candidate}: {why}", file=sys.stderr, flush=True)

@@ -235,12 +235,5 @@ def _how(call: Call, x: Tensor) -> tuple[Launch, int]:
 
 
 def _sizes(call: Call, longest: int, how: Launch, programs: int) -> tuple[int, ...]:
-    """T to V, with programs for spans of up to so many steps.
-
-    Raises:
-        ValueError: the kernels, which count rows in 32 bits, cannot count those of the call.
-    """
-    rows = call.B * (call.T + 2 * call.K * call.S)
-    if rows >= 1 << 31:
-        raise ValueError(f"swaps: expected T*B + 2*B*K*S, S the longest span, below 2**31, got {rows}")
+    """T to V, with programs for spans of up to so many steps."""
     return call.T, call.B, call.K, call.H, call.S, *gpu.plan(call.T, call.B, call.K, longest, how.rows, programs)

@@ -744,7 +744,7 @@ def backward_kernel(
                 d = _load(_row(carry, slot, H), live, first, H, STATES, BH, AS_ONE)
             for n in tl.static_range(STATES):
                 inside = original[:, None] & (unit < H)[None, :]
-                tl.store(d_start[n] + b[:, None] * H + unit, d[n], inside)
+                tl.store(_row(d_start[n], b, H)[:, None] + unit, d[n], inside)
         tl.debug_barrier()
 
 

@@ -7,6 +7,7 @@ PyTorch in the same dtype.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -191,6 +192,7 @@ _SMALL = Case(7, 5, 0, "uniform:3", ragged=True)  # of the H that is asked for
 _known: dict[tuple[Any, ...], list[str]] = {}
 
 
+@gpu.constant
 def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:
     """The reason why a backend that says it serves such calls is not to be trusted with them, none if it computes a
     small one right. That is tried once, remembered in a file, for this card and these versions, and told in a warning
@@ -212,10 +214,6 @@ def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.devic
         else:
             _remember(file, key)
     return _known[key]
-
-
-# as torch.compiler.assume_constant_result does, which loads the compiler
-failures._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
 
 
 def _tried(backend: str, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
@@ -316,8 +314,17 @@ def environment(device: torch.device | str) -> dict[str, str]:
         found["triton"] = triton_version() or "of unknown version"
     major, minor = torch.cuda.get_device_capability(device)
     name = f"{torch.cuda.get_device_name(device)} of capability {major}.{minor}"
-    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # in builds with CUDA
-    return found | {"CUDA": str(torch.version.cuda), "driver": str(driver), "on": name}
+    return found | {"CUDA": str(torch.version.cuda), "driver": _driver_version(), "on": name}
+
+
+def _driver_version() -> str:
+    """Of CUDA, as far as the driver knows it: 13000 is 13.0. torch does not tell it."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "of unknown version"
+    return str(version.value)
 
 
 def triton_version() -> str | None:

@@ -105,6 +105,34 @@ def test_what_a_kernel_raises_is_a_failure_and_what_it_refuses_is_none(monkeypat
     assert "ZeroDivisionError" in raised.failures[0]
 
 
+def test_memory_that_others_took_is_no_failure(monkeypatch):
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu_check, "check_case", no_memory)
+    checked = gpu_check.check_cases(Checked("cpu", "gru", "float32"), SMALL[:2], "cpu")
+    assert (checked.failures, checked.passed, checked.skipped) == ([], 0, 2)
+    checked.add(checked)
+    assert checked.skipped == 4
+
+
+def test_what_breaks_the_context_at_full_length_is_wrong_and_not_run_again(monkeypatch, capfd):
+    """In the process that times the others it would take all of them along."""
+    monkeypatch.setattr(gpu, "broken", lambda: True)
+    item = Item(TINY, "float32", ("kernel", "plain"))
+    checked = gpu.prepare(item, "cpu", True)
+    assert checked.failures == [f"cpu {item}: breaks the CUDA context of its process"]
+    for checks, told in ((True, "not timed: wrong"), (False, "skipped: time")):
+        groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
+        monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, checked)]))
+        ready = gpu.prepare_all([item], [], groups, "cpu", checks, gpu.Clock(60))
+        assert gpu.time_item(item, ["cpu"], groups if checks else None, ready, 1)["cpu"] == told
+
+
+def test_no_more_processes_than_a_gpu_has_room_for():
+    assert 1 <= processes.WORKERS <= 16
+
+
 @pytest.mark.parametrize(("cell", "hidden", "draws"), [("gru", 64, 1), ("gru", 8, 3), ("rnn_relu", 64, 3)])
 def test_luck_has_as_many_chances_as_before_a_kernel_is_used(cell, hidden, draws, monkeypatch):
     tried = []
@@ -226,6 +254,14 @@ def test_launches_are_tuned_in_turns_and_the_table_stays_as_it_was(small, monkey
     assert launch.TUNED == {}
 
 
+def test_a_launch_that_breaks_the_context_is_out(small, monkeypatch):
+    """What goes wrong on the GPU is told when the host waits for it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tune, "broken", lambda: True)
+    what = tune.Tuned("gru", 20, torch.float32, 90, "cpu")
+    assert "breaks the CUDA context" in what.why_not(what.in_use)
+
+
 def test_a_launch_that_does_not_compile_is_out(small, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(functional, "swap_rnn", lambda *_, **__: 1 / 0)
@@ -238,8 +274,8 @@ def test_a_launch_that_does_not_compile_is_out(small, monkeypatch):
 def test_barriers_are_timed(backend, monkeypatch, host_build):
     cuda_on_host.use(host_build, 16, monkeypatch.setattr)
     monkeypatch.setattr(gpu, "BARRIERS", 2)
-    found = gpu.rates("cpu", 16)
-    assert {name for name in found if name.startswith("barrier")} == {
+    found = gpu.barriers("cpu")
+    assert {*found} == {
         "barrier", "barrier of 2", "barrier of 4", "barrier of 8", "barrier of 16",
         "barrier of 2 in memory", "barrier of 16 in memory"
     }  # fmt: skip
@@ -279,6 +315,16 @@ def test_a_whole_run(tmp_path, capfd):
     assert told[-1] == "correct: true, failures: 0"
     assert sum(line.startswith("cpu ") for line in told) == len(result["goals"]) > 5
     assert capfd.readouterr().out == ""
+
+
+def test_barriers_that_wait_for_ever_take_nothing_along(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, Lost("no answer in 30 s", False))]))
+    monkeypatch.setattr(gpu, "prepare_all", lambda *_: set())
+    monkeypatch.setattr(gpu, "plan", lambda device: [Item(TINY, "float32", ("plain",))])
+    options = argparse.Namespace(quick=True, only="time", cells=["gru"], dtypes=["float32"])
+    result = gpu.run("cpu", ["cpu"], options, tmp_path)
+    assert result["times"][0]["contestants"]["plain"]["step"]["floor_us_per_step"] > 0
+    assert "barriers: no answer in 30 s" in capfd.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

@@ -237,6 +237,20 @@ def test_where_no_cluster_has_room(clusters_run: Callable[[int], None], monkeypa
     )
 
 
+def test_an_extension_that_was_built_for_another_gpu(host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is asked for clusters before it runs, and has no code to tell them by: a reason, and no error of a layer."""
+
+    def no_image(*_: object) -> int:
+        raise RuntimeError("cuda: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(host, "clusters", no_image)
+    cuda.group.cache_clear()
+    cuda.at_once.cache_clear()
+    call = {"cell": "lstm", "dtype": HALF, "device": "cpu", "hidden_size": 256}
+    assert backends.why_not("cuda", **call) == ["cuda: no kernel image is available for execution on the device"]
+    assert backends.choose("auto", **call) == "cpu"
+
+
 @pytest.mark.parametrize(
     ("driver", "capability", "served"),
     [(0, 90, False), (12090, 90, False), (13000, 90, True), (13000, 120, False), (13010, 120, True)],

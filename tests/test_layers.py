@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
+import cuda_on_host
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,7 +18,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import sire_fast
-from sire_fast import backends
+from sire_fast import backends, passes, proof
+from sire_fast.backends import gpu
 from sire_fast.swaps import Adjacent, Pairs, Uniform
 
 PAIRS = {"RNN": (sire_fast.RNN, nn.RNN), "GRU": (sire_fast.GRU, nn.GRU), "LSTM": (sire_fast.LSTM, nn.LSTM)}
@@ -542,6 +546,36 @@ def test_compiles_whole_and_once_for_all_sizes(options: dict[str, Any], swaps: A
             results.append((value, [p.grad.clone() for p in layer.parameters()]))
         torch.testing.assert_close(*results)
     assert counter.frame_count <= 2  # the first sizes, and any
+
+
+CHOICES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "auto": lambda call: backends.choose("auto", **call),
+    "triton": lambda call: backends.choose("triton", **call),
+    "cuda": lambda call: backends.choose("cuda", **call),
+    "of a layer": passes._why_no_kernel,
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_a_choice_on_a_gpu_is_one_graph(
+    choice: Callable[[dict[str, Any]], Any], host_build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile looks into no extension, and not into all of Python's library."""
+    cuda_on_host.use(host_build, 132, monkeypatch.setattr)
+    monkeypatch.setattr(host_build, "device", "cuda")
+    monkeypatch.setattr(gpu, "why_not_here", lambda *_: [])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(proof, "_tried", lambda *_: [])
+    monkeypatch.setattr(proof, "environment", lambda _: {})
+    calls = {"cell": "gru", "dtype": torch.bfloat16, "device": torch.device("cuda")}
+
+    def told(x: Tensor) -> Tensor:
+        return x * len(str(choice({**calls, "hidden_size": x.shape[0]})))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(told, fullgraph=True, backend="eager")
+    for hidden in (100, 120, 1024):  # a size that changes becomes a symbol
+        assert torch.equal(compiled(torch.ones(hidden)), told(torch.ones(hidden)))
 
 
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}], ids=str)

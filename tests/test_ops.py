@@ -354,6 +354,18 @@ def test_any_strides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
+def test_autocast_that_comes_on_behind_the_forward_changes_nothing(backend: str) -> None:
+    """Around a backward alone, say: the kernels would read the halves of what is projected again as float32."""
+    arguments = cast(make(Case("gru", 5, 3, 16, 2, inputs=8, recompute=True)), torch.float32)
+    wanted = [arguments[name] for name in oracle.TENSORS if arguments[name] is not None]
+    output = oracle.outputs("gru", arguments, backend).output.square().sum()
+    expected = torch.autograd.grad(output, wanted, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(output, wanted)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
 def test_each_output_alone(backend: str) -> None:
     """A gradient that arrives through one output only: the others' are absent, not zeros."""
     arguments = make_for(backend, Case("lstm", 5, 3, 4, 2))

@@ -119,11 +119,25 @@ def test_versions_are_told_without_metadata(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(importlib.metadata, "version", version)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
     found = proof.environment("cuda")
     assert (found["sire_fast"], found["triton"]) == (sire_fast.__version__, "3.5")
     versions.clear()
     assert proof.environment("cuda")["triton"] == "of unknown version"
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_driver_tells_its_version(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has no word for it, neither in builds with CUDA nor in others."""
+
+    def library(name: str) -> SimpleNamespace:
+        if not there:
+            raise OSError(f"{name}: cannot open shared object file")
+        return SimpleNamespace(cuDriverGetVersion=lambda to: setattr(to._obj, "value", 13000))
+
+    monkeypatch.setattr(proof.ctypes, "CDLL", library)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    assert proof.environment("cuda")["driver"] == ("13000" if there else "of unknown version")
 
 
 def spoil(n: int, by: Callable[[Tensor], object]) -> Callable[[Any], None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,8 @@ def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device
     _check_name(backend)
     if backend == "reference":
         return []
+    if backend in PROVEN_BY_USE:
+        hidden_size = operator.index(hidden_size)  # in a trace, where it may be a symbol: see gpu.constant
     return KERNELS[backend].why_not(cell=cell, dtype=dtype, device=torch.device(device), hidden_size=hidden_size)
 
 
@@ -130,9 +133,12 @@ def why_no_kernel(**call: Any) -> list[str]:
     return reasons if name == "reference" else []
 
 
-def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str]]:
+def _first(*, device: torch.device | str, hidden_size: int, **numbers: Any) -> tuple[str, list[str]]:
     """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
-    call: dict[str, Any] = {"device": torch.device(device), **numbers}
+    device = torch.device(device)
+    if device.type == "cuda":
+        hidden_size = operator.index(hidden_size)  # as above
+    call: dict[str, Any] = {"device": device, "hidden_size": hidden_size, **numbers}
     reasons: list[str] = []
     for name in _by_speed(**call):
         found = why_not(name, **call)
@@ -148,8 +154,11 @@ def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str
 
 def _by_speed(*, device: torch.device, **numbers: Any) -> list[str]:
     """Kernels in the order in which they are asked: on a GPU as measured, or else as predicted."""
-    if device.type != "cuda":
-        return [*KERNELS]
+    return [*KERNELS] if device.type != "cuda" else _by_speed_on_a_gpu(device=device, **numbers)
+
+
+@gpu.constant
+def _by_speed_on_a_gpu(*, device: torch.device, **numbers: Any) -> list[str]:
     first = [gpu.fastest(device=device, **numbers), *gpu.predicted(**numbers), *KERNELS]
     return [name for name in dict.fromkeys(first) if name in KERNELS]
 

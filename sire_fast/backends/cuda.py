@@ -59,6 +59,7 @@ class Group(NamedTuple):
     mailbox: bool
 
 
+@gpu.constant
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
     if reasons := gpu.why_not_here("cuda", device):
@@ -69,8 +70,8 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
     reasons = gpu.why_not_on("cuda", device, _cuda.device)
     if other := gpu.why_not_dtype("cuda", dtype):
         return reasons + other
-    size = f"H={hidden_size} in {name_of(dtype)}"
     if not _cuda.blocks(hidden_size, name_of(dtype)):
+        size = f"H={hidden_size} in {name_of(dtype)}"
         return [*reasons, f"cuda: W_hh of {size} does not fit the registers of any number of blocks"]
     if device.type == _cuda.device:
         chip = _chip(device)
@@ -78,10 +79,21 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
             reasons += too_weak
         elif too_old := _driver_too_old(chip):
             reasons.append(too_old)
-        elif not group(cell, name_of(dtype), hidden_size, chip):
-            has = f"{chip.processors} multiprocessors with {chip.shared >> 10} KiB"
-            reasons.append(f"cuda: {cell} of {size} fits no group of blocks of {device}, which has {has}")
+        else:
+            reasons += _why_no_group(cell, name_of(dtype), hidden_size, chip, device)
     return reasons
+
+
+def _why_no_group(cell: str, dtype: str, hidden: int, chip: Chip, device: torch.device) -> list[str]:
+    """The reason why a GPU cannot run the kernels, in CUDA's own words where it fails to say how many clusters it runs:
+    of an extension that was built for another GPU, say."""
+    try:
+        if group(cell, dtype, hidden, chip):
+            return []
+    except RuntimeError as error:
+        return [str(error)]
+    has = f"{chip.processors} multiprocessors with {chip.shared >> 10} KiB"
+    return [f"cuda: {cell} of H={hidden} in {dtype} fits no group of blocks of {device}, which has {has}"]
 
 
 def _driver_too_old(chip: Chip) -> str:

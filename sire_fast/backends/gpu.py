@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,11 +16,22 @@ from torch import Tensor
 from sire_fast import reference
 from sire_fast.cells import CELLS
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def constant(function: F) -> F:
+    """A function that torch.compile calls, and does not look into: what it returns for arguments that are no symbols
+    stands in the graph. As torch.compiler.assume_constant_result, which loads the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
+    return function
+
+
 # (cell, H rounded up to a power of two, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
 # backend, or "torch" for cuDNN on the stacked variants
 FASTEST: dict[tuple[str, int, str, int], str] = {}
 
 
+@constant
 def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> str | None:
     """Who was measured to be the fastest on such a GPU; None if nobody has measured it."""
     if not FASTEST or torch.device(device).type != "cuda" or not torch.cuda.is_available():
@@ -68,6 +79,7 @@ def predicted(*, cell: str, dtype: torch.dtype, hidden_size: int) -> dict[str, f
     return dict(sorted(us.items(), key=lambda item: item[1]))
 
 
+@constant
 def slower_than_torch(backend: str, *, cell: str, dtype: torch.dtype, hidden_size: int) -> list[str]:
     """The reason why cuDNN, on the stacked variants, is expected to be faster than a kernel."""
     us = predicted(cell=cell, dtype=dtype, hidden_size=hidden_size).get(backend, math.inf)
@@ -176,10 +188,16 @@ class Call:
 
     @classmethod
     def of(cls, cell: str, x: Tensor, h0: Tensor, swaps: Tensor, spans: Tensor | None) -> Call:
-        """Of a call that keeps `spans`, or keeps none."""
+        """Of a call that keeps `spans`, or keeps none.
+
+        Raises:
+            ValueError: the kernels, which count rows, or blocks of threads, in 32 bits, cannot count those of the call.
+        """
         (T, B, _), K, H = x.shape, swaps.shape[1], h0.shape[1]
         # kept or not, at least the state before a step and that after it
         S = 2 if spans is None or K == 0 else spans.shape[0] // (B * K)
+        if (rows := B * (T + 2 * K * S)) >= 1 << 31:
+            raise ValueError(f"swaps: expected T*B + 2*B*K*S, S the longest span, below 2**31, got {rows}")
         return cls(cell, T, B, K, H, S, torch.promote_types(x.dtype, torch.float32))
 
     def states(self, first: Any, second: Any) -> tuple[Any, ...]:
@@ -228,7 +246,11 @@ def events(swaps: Tensor, ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def projected(x: Tensor, w_ih: Tensor | None, b_ih: Tensor | None) -> Tensor:
-    return x if w_ih is None else torch.nn.functional.linear(x, w_ih, b_ih)
+    """In the dtype of x, as the kernels read it: autocast, where it is on, was heeded before, or came on since then."""
+    if w_ih is None:
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, w_ih, b_ih)
 
 
 def fill_projected(

@@ -17,6 +17,7 @@ _INSTALLED = find_spec("triton") is not None
 _LARGEST_HIDDEN = 1024
 
 
+@gpu.constant
 def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size: int) -> list[str]:
     """Reasons why these kernels cannot serve a call."""
     if reasons := gpu.why_not_here("triton", device):
