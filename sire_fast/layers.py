@@ -180,10 +180,10 @@ class _SwapLayer(nn.RNNBase):
         return _returned(output, *self._ledger.enter(weights, compared, output, last), restore)
 
     @torch.no_grad()
-    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> Note | None:
+    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> Note:
         """Tell the ledger the penalty, and leave no trace: the random numbers of dropout are drawn again afterwards."""
         if self._is_torchs(input, hx):
-            return None
+            return self._ledger.note(self.weight_hh_l0.new_zeros(0))
         x, lengths, states, _ = self._unify(input, hx, lengths)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             pairs = Pairs(self._draw(x, lengths, self._ledger.watcher), self.compare, self._longest)

@@ -14,7 +14,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from types import FrameType
 from typing import Any
@@ -94,14 +94,14 @@ class Note(Mark):
         total: of their penalties, detached.
         node: weak, of the graph or held by it, which is gone when nobody holds what the forward returned; None where it
             is not known.
-        joined: whether the penalty has.
+        joined: the numbers of the nodes whose gradients it has joined.
     """
 
     def __init__(self, penalty: Tensor, round: Round) -> None:
         super().__init__()
         self.count, self.total, self.round = penalty.numel(), penalty.detach().sum(), round
         self.node: weakref.ref | None = None
-        self.joined = False
+        self.joined: set[int] = set()
         self.key = next(_keys)
 
     @property
@@ -139,7 +139,7 @@ class Round:
 
     def mean(self) -> Tensor | None:
         """Of the penalties, detached; None if there was no forward."""
-        notes = [n for n in self.notes if n.counts] or self.notes[-1:]
+        notes = [n for n in self.notes if n.counts and n.count] or self.notes[-1:]
         if not notes:
             return None
         total = sum((n.total.to(notes[0].total.device) for n in notes[1:]), notes[0].total)
@@ -242,7 +242,9 @@ class Ledger:
             note = self.note(compared.penalty)
             if not torch.is_grad_enabled():
                 return output, last
-            output, *last = _Give.apply(self, note, weights[0], compared.penalty, output, *last)
+            trained = [w for w in weights if w.requires_grad] or [compared.penalty]
+            sources = [node for t in trained if t.requires_grad for node in _behind(_node(t))]
+            output, *last = _Give.apply(self, note, sources, compared.penalty, output, *last)
             note.node = None if output.grad_fn is None else weakref.ref(output.grad_fn)
             return output, tuple(last)
         if rerun or transformed:
@@ -400,17 +402,21 @@ def warn(message: str) -> None:
 
 def _freed(tensor: Tensor) -> bool:
     """Whether a backward has freed the graph of a tensor that a compiled function returned."""
-    nodes: list[Any] = [tensor.grad_fn]
-    for node in nodes:
-        if node is None:
-            continue
+    for node in _behind(tensor.grad_fn):
         if hasattr(type(node), "_raw_saved_tensors"):
             try:
                 return node._raw_saved_tensors is None
             except RuntimeError:
                 return True
-        nodes += [n for n, _ in node.next_functions][: 64 - len(nodes)]
     return False
+
+
+def _behind(node: Any) -> Iterator[Any]:
+    """A node of the graph, if it is one, and those that a backward comes to after it, the first 64."""
+    nodes = [] if node is None else [node]
+    for one in nodes:
+        yield one
+        nodes += [n for n, _ in one.next_functions if n is not None][: 64 - len(nodes)]
 
 
 # ---------------------------------------------------------------- what a layer returns
@@ -421,11 +427,11 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ledger: Ledger, mark: Mark, weight: Any, penalty: Any, *results: Tensor
+        ctx: Any, ledger: Ledger, mark: Mark, sources: Any, penalty: Any, *results: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.ledger, ctx.mark = ledger, mark
         if ledger.joins:
-            ctx.shape, ctx.weight = penalty.shape, _node(weight)
+            ctx.shape, ctx.like, ctx.sources = penalty.shape, penalty.new_empty(0), sources
         ctx.set_materialize_grads(False)
         return tuple(t.data for t in results)
 
@@ -434,9 +440,8 @@ class _Give(torch.autograd.Function):
         joined = None
         if not ctx.ledger.joins:
             ctx.ledger.passed()
-        elif _joins_now(ctx.mark, ctx.weight):
-            like = next(g for g in grads if g is not None)
-            joined = ctx.ledger.share(ctx.mark, like).expand(ctx.shape)
+        elif _joins_now(ctx.mark, ctx.sources):
+            joined = ctx.ledger.share(ctx.mark, ctx.like).expand(ctx.shape)
         ctx.mark.differentiated = True
         return None, None, None, joined, *grads
 
@@ -446,18 +451,19 @@ class _Give(torch.autograd.Function):
 
 
 def _node(weight: Tensor) -> Any:
-    return torch.autograd.graph.get_gradient_edge(weight).node if weight.requires_grad else None
+    """At which the gradient of a weight arrives."""
+    return weight.grad_fn or weight.view_as(weight).grad_fn.next_functions[0][0]
 
 
-def _joins_now(note: Note, weight: Any) -> bool:
-    """Whether the penalty joins in this backward, given the node of a weight: in each torch.autograd.grad that asks for
-    weights, and in the first .backward() that reaches them, however many there are."""
+def _joins_now(note: Note, sources: list[Any]) -> bool:
+    """Whether the penalty joins in this backward, given the nodes of weights and what lies behind them: in each
+    torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
     try:
-        reached = weight is None or torch._C._will_engine_execute_node(weight)
-    except RuntimeError:  # which is how the engine says that this is torch.autograd.grad
+        reached = {n for n, node in enumerate(sources) if torch._C._will_engine_execute_node(node)}
+    except RuntimeError:  # which is how the engine says of a leaf that this is torch.autograd.grad
         return True
-    joins = reached and not note.joined
-    note.joined = note.joined or reached
+    joins = not reached <= note.joined
+    note.joined |= reached
     return joins
 
 
@@ -524,7 +530,8 @@ def _share(gradient: Tensor, note: Tensor) -> Tensor:
             f"sire_fast: over {_NOTES} forwards of compiled layers came after this one: run its backward earlier"
         )
     noted, written = found
-    joins, noted.joined = not noted.joined, True
+    joins = not noted.joined
+    noted.joined.add(0)
     return written.share(noted, gradient) * joins
 
 

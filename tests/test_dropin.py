@@ -479,9 +479,11 @@ def test_replicas_of_data_parallel_write_where_the_caller_reads(layer: sire_fast
     torch.testing.assert_close(sire_fast.penalty(layer), expected)
 
 
-def test_no_sequences_are_no_penalty(kind: type[nn.RNNBase]) -> None:
+@pytest.mark.parametrize("weight", [None, 0.3, 0])
+def test_no_sequences_are_no_penalty(kind: type[nn.RNNBase], weight: float | None) -> None:
     """A graph without edges, the last shard."""
     theirs, ours = _both(kind, 3, 4)
+    sire_fast.convert(ours, swaps=PAIRS, compare="end", weight=weight)
     for shape in ((5, 0, 3), (0, 2, 3)):
         x = torch.randn(shape)
         try:
@@ -644,18 +646,81 @@ def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
     torch.testing.assert_close(_gradients(layer), expected)
 
 
-def test_a_partial_gradient_before_takes_nothing_away(layer: sire_fast.GRU) -> None:
-    """Saliency, adversarial examples, norms of gradients: only .backward() uses the penalty up."""
-    (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
+def _grads(asked: str, keep: str = "") -> Callable[[Tensor, Tensor, nn.Module], None]:
+    """A backward of torch.autograd.grad for the input or for parameters, then .backward() unless they are kept."""
+
+    def run(loss: Tensor, x: Tensor, layer: nn.Module) -> None:
+        trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        wanted = {"x": [x], "all": [*trained.values()], "one": [trained.get(keep)]}[asked]
+        found = torch.autograd.grad(loss, wanted, retain_graph=True)
+        if keep:
+            wanted[0].grad = found[0]
+        else:
+            loss.backward()
+
+    return run
+
+
+def _in_parts(loss: Tensor, x: Tensor, layer: nn.Module) -> None:
+    """An optimiser each."""
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            loss.backward(inputs=[parameter], retain_graph=True)
+
+
+@pytest.mark.parametrize("prepare", ["", "first frozen", "all frozen", "norm of the first", "norm of the second"])
+@pytest.mark.parametrize(
+    "run",
+    {
+        "grad of x, then all": _grads("x"),
+        "grad of all, then all": _grads("all"),
+        "grad of one": _grads("one", "bias_hh_l0"),
+        "one by one": _in_parts,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_partial_gradients_get_their_penalty_and_take_nothing_away(
+    layer: sire_fast.GRU, prepare: str, run: tuple[str, Callable[..., None]]
+) -> None:
+    """Saliency, adversarial examples, norms of gradients, a backward for each optimiser; whatever is trained."""
+    if prepare.startswith("norm"):
+        parametrizations.weight_norm(layer, "weight_ih_l0" if "first" in prepare else "weight_hh_l0")
+    elif prepare:
+        (layer if "all" in prepare else layer.weight_ih_l0).requires_grad_(False)
+    if prepare == "all frozen" and run[0] in ("grad of all, then all", "grad of one"):
+        return  # there is no such gradient
+    results = []
+    for weight in (None, 0.3):
+        sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+        layer.zero_grad()
+        x = X.clone().requires_grad_()
+        loss = _step(layer, x)
+        if weight is None:
+            loss = loss + 0.3 * sire_fast.penalty(layer)
+        run[1](loss, x, layer)
+        results.append([p.grad for p in (x, *layer.parameters())])
+    torch.testing.assert_close(*results)
+
+
+class Cut(torch.autograd.Function):
+    """What gives no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def test_a_weight_joins_where_no_gradient_arrives(layer: sire_fast.GRU) -> None:
+    layer(X)
+    (0.3 * sire_fast.penalty(layer)).backward()
     expected = _gradients(layer)
     layer.zero_grad()
     sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
-    x = X.clone().requires_grad_()
-    loss = _step(layer, x)
-    torch.autograd.grad(loss, x, retain_graph=True)
-    found = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
-    torch.testing.assert_close(list(found), expected)
-    loss.backward()
+    Cut.apply(layer(X)[0]).sum().backward()
     torch.testing.assert_close(_gradients(layer), expected)
 
 
