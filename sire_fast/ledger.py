@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
+from torch.utils.checkpoint import CheckpointFunction
 
 from sire_fast import ops
 from sire_fast.cells import States
@@ -44,6 +45,9 @@ _REENTRANT = (
     "convert(..., weight=...), with which the penalty joins by itself"
 )
 _COMPILED = "call it outside of the compiled function, where the weight joins by itself"
+_COMPILED_AGAIN = (
+    "a compiled layer draws no swaps in the first run of a checkpoint with use_reentrant=True: use use_reentrant=False"
+)
 _UNTRAINED = (
     "backwards come through this layer, but not through its penalty: add sire_fast.penalty(model), not detached, to "
     "the loss, or convert(..., weight=...), with which it joins by itself (a weight of 0 only watches)"
@@ -213,6 +217,7 @@ class Ledger:
         # of the last run of a compiled function: what its forwards compare, or else their notes
         self.traced: tuple[Any, ...] = ()
         self._ran_by: _State | None = None  # the state of the thread that has run it
+        self._again = False  # whether a backward has, once more
         watches = isinstance(weight, Real) and weight == 0
         self.watcher = torch.Generator().manual_seed(torch.initial_seed()) if watches else None
         self.key = next(_keys)
@@ -316,13 +321,15 @@ class Ledger:
 
     def turn(self) -> None:
         """Put away what the last run of a compiled function compares, before another takes its place."""
-        if in_backward():
-            return
         earlier = (self._ran_by or self._state).earlier
-        trained = [c for c in (*earlier, *self.traced) if c.penalty.requires_grad]  # not by a frozen layer
+        earlier += () if self._again else self.traced
+        self.traced, self._again = (), in_backward()
+        if self._again:
+            return
+        self._ran_by = self._state
+        trained = [c for c in earlier if c.penalty.requires_grad]  # not by a frozen layer
         self._passed([_mark(c) for c in trained if _freed(c.penalty)], over=True)
         earlier[:] = [c for c in trained if not _freed(c.penalty)]
-        self.traced, self._ran_by = (), self._state
         if len(earlier) > _HELD:
             del earlier[:-_HELD]
             warn(_DROPPED)
@@ -387,7 +394,9 @@ class Ledger:
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
-        last = self.traced if self._ran_by is state else ()
+        if self._again and in_backward():
+            return [(c, None) for c in self.traced]
+        last = self.traced if self._ran_by is state and not self._again else ()
         traced = [c for c in (*state.earlier, *last) if not _freed(c.penalty)]
         each: list[tuple[Compared, Mark | None]] = [(c, _mark(c)) for c in traced]
         for forward in state.forwards:
@@ -412,6 +421,8 @@ class Ledger:
         """The gradient of each variant's penalty of a forward, 0-d."""
         note.differentiated = note.round.differentiated = True
         weight = self.weight() if callable(self.weight) else self.weight
+        if isinstance(weight, Real) and not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a number of at least 0 from {self.weight}, got {weight}")
         wide = torch.promote_types(like.dtype, torch.float32)
         try:
             weight = torch.as_tensor(weight, dtype=wide).detach().reshape(())
@@ -583,13 +594,18 @@ class _GiveTraced(torch.autograd.Function):
 @torch.library.impl("sire_fast::note", "CompositeExplicitAutograd")
 def _note(penalty: Tensor, ledger: int, frozen: bool) -> Tensor:
     written = _ledgers[ledger]
+    if in_backward() and isinstance(_function("backward"), CheckpointFunction._backward_cls):
+        raise RuntimeError(f"sire_fast: {_COMPILED_AGAIN}")
     written.traced = ()  # which would hold the note of the last run
     note = written.note(penalty)
     _notes[note.key] = note, written
     if len(_notes) > _NOTES:
         _notes.popitem(last=False)
     key = torch.tensor(note.key)
-    note.node = (lambda: None) if frozen else weakref.ref(key)  # which the backward keeps
+    if frozen:
+        note.node = lambda: None
+    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # else a checkpoint, say, keeps it not
+        note.node = weakref.ref(key)
     return key
 
 

@@ -636,6 +636,26 @@ def test_a_weight_joins_in_checkpoints(layer: sire_fast.GRU, reentrant: bool) ->
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_checkpoints_of_compiled_layers(layer: sire_fast.GRU, weight: float | None) -> None:
+    """What a backward runs again counts neither in it nor in the next step."""
+    torch._dynamo.reset()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+    compiled = torch.compile(layer, backend="aot_eager")
+    results = []
+    for run in (layer, lambda x: checkpoint(compiled, x, use_reentrant=False)):
+        for _ in range(3):
+            layer.zero_grad()
+            loss = _step(run, X) + _step(run, 3 * X)
+            (loss + 0.3 * sire_fast.penalty(layer) if weight is None else loss).backward()
+        results.append(_gradients(layer))
+    torch.testing.assert_close(*results)
+    if weight:
+        with pytest.raises(RuntimeError, match="a compiled layer draws no swaps in the first run of a checkpoint with"):
+            checkpoint(compiled, X.clone().requires_grad_(), use_reentrant=True)[0].sum().backward()
+
+
 def test_a_weight_joins_in_a_checkpoint_in_a_checkpoint(layer: sire_fast.GRU) -> None:
     sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
     x = X.clone().requires_grad_()
@@ -957,6 +977,14 @@ def test_many_compiled_forwards_before_one_backward(layer: sire_fast.GRU, monkey
 def test_what_a_function_gives_must_be_a_weight(layer: sire_fast.GRU) -> None:
     sire_fast.convert(layer, weight=lambda: "much")
     with pytest.raises(ValueError, match="weight: expected a number or a 0-d tensor from"):
+        layer(X)[0].sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
+def test_a_schedule_that_has_run_past_its_end_is_told(layer: sire_fast.GRU, wrong: float) -> None:
+    """A weight below 0 would ask for sensitivity to order."""
+    sire_fast.convert(layer, weight=lambda: wrong)
+    with pytest.raises(ValueError, match=r"weight: expected a number of at least 0 from .*, got"):
         layer(X)[0].sum().backward()
 
 
