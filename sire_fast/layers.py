@@ -200,16 +200,21 @@ class _SwapLayer(nn.RNNBase):
             self._ledger.look_for_training(self.parameters(), results)
 
     def _is_torchs(self, input: Tensor | PackedSequence, hx: Any) -> bool:
-        """Whether torch's own forward is to answer: with an error, where the states' dtype does not fit, or with empty
-        tensors."""
-        if isinstance(input, Tensor) and 0 in input.shape[:-1]:
+        """Whether torch's own forward is to answer: with an error, where the input's form or device, or the states'
+        form or dtype, does not fit, or with empty tensors."""
+        weight = self.weight_hh_l0
+        if isinstance(input, Tensor) and (
+            0 in input.shape[:-1] or input.dim() not in (2, 3) or input.device != weight.device
+        ):
             return True
         if hx is None:
             return False
-        weight, states = self.weight_hh_l0, hx if isinstance(hx, (tuple, list)) else (hx,)
-        if self._two_states and len(states) != 2:
+        states = hx if self._two_states else (hx,)
+        if len(states) != (2 if self._two_states else 1) or not all(isinstance(s, Tensor) for s in states):
             return True
-        fits = all(s is None or s.dtype == weight.dtype for s in states)
+        if isinstance(input, Tensor) and any(s.dim() != input.dim() for s in states):
+            return True
+        fits = all(s.dtype == weight.dtype for s in states)
         return not fits and not torch.is_autocast_enabled(weight.device.type)
 
     def _swapping(self) -> bool:
@@ -240,17 +245,7 @@ class _SwapLayer(nn.RNNBase):
             self.check_forward_args(input.data, self._tuple(states), input.batch_sizes)
             return x, lengths.to(x.device), states, lambda y, last: (_pack_as(input, y), self._tuple(last))
 
-        name = type(self).__name__
-        if input.dim() not in (2, 3):
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
-        if hx is not None:
-            for state in hx if self._two_states else (hx,):
-                if state.dim() != input.dim():
-                    kind = "batched 3-D" if batched else "unbatched 2-D"
-                    raise RuntimeError(
-                        f"For {kind} input, hx should also be {input.dim()}-D but got {state.dim()}-D tensor"
-                    )
         batch_dim = 0 if self.batch_first else 1
         x = input if batched else input.unsqueeze(batch_dim)
         if hx is not None and not batched:

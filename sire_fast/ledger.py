@@ -45,6 +45,10 @@ _REENTRANT = (
     "convert(..., weight=...), with which the penalty joins by itself"
 )
 _COMPILED = "call it outside of the compiled function, where the weight joins by itself"
+_TWICE = (
+    "the penalty has joined a gradient with create_graph=True, and would join what is made of it once more: use "
+    "convert(model), and add sire_fast.penalty(model) to the loss"
+)
 _COMPILED_AGAIN = (
     "a compiled layer draws no swaps in the first run of a checkpoint with use_reentrant=True: use use_reentrant=False"
 )
@@ -70,7 +74,8 @@ class Mark:
         self.differentiated = self.trained = False
 
     def __call__(self, gradient: Tensor | None) -> None:
-        self.differentiated, self.trained = True, self.trained or gradient is not None
+        if gradient is not None:  # it is None where a backward comes through the layer, and not through this
+            self.differentiated = self.trained = True
 
 
 class Forward:
@@ -112,6 +117,7 @@ class Note(Mark):
         node: weak, of the graph or held by it, which is gone when nobody holds what the forward returned; gives None
             for a frozen layer. None until it is known.
         joined: the numbers of the nodes whose gradients it has joined.
+        twice: whether it has in a gradient that may be differentiated in turn.
     """
 
     def __init__(self, penalty: Tensor, round: Round) -> None:
@@ -119,6 +125,7 @@ class Note(Mark):
         self.count, self.total, self.round = penalty.numel(), penalty.detach().sum(), round
         self.node: Callable[[], Any] | None = None
         self.joined: set[int] = set()
+        self.twice = False
         self.key = next(_keys)
 
     @property
@@ -281,7 +288,8 @@ class Ledger:
         forward = Forward(weights, compared)
         if compared.output is output:
             output = ops.own_memory(output)
-        output, *last = _Give.apply(self, forward.mark, None, None, output, *last)
+        sources = [_node(w) for w in [w for w in weights if w.requires_grad][:1]]  # one tells enough
+        output, *last = _Give.apply(self, forward.mark, sources, None, output, *last)
         node: Any = output.grad_fn
         if node is not None:
             node.compared = compared
@@ -512,18 +520,19 @@ class _Give(torch.autograd.Function):
     def forward(
         ctx: Any, ledger: Ledger, mark: Mark, sources: Any, penalty: Any, *results: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.ledger, ctx.mark = ledger, mark
+        ctx.ledger, ctx.mark, ctx.sources = ledger, mark, sources
         if ledger.joins:
-            ctx.shape, ctx.like, ctx.sources = penalty.shape, penalty.new_empty(0), sources
+            ctx.shape, ctx.like = penalty.shape, penalty.new_empty(0)
         ctx.set_materialize_grads(False)
         return tuple(t.data for t in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        joined = None
-        if ctx.ledger.joins and _joins_now(ctx.mark, ctx.sources):
+        joined, reached = None, _reached(ctx.sources)
+        if ctx.ledger.joins and _joins_now(ctx.mark, reached):
             joined = ctx.ledger.share(ctx.mark, ctx.like).expand(ctx.shape)
-        ctx.mark.differentiated = True
+        if reached is None or reached or not ctx.sources:  # else it is for what lies before the layer alone
+            ctx.mark.differentiated = True
         return None, None, None, joined, *grads
 
     @staticmethod
@@ -539,15 +548,22 @@ def _node(weight: Tensor) -> Any:
     return view.next_functions[0][0]
 
 
-def _joins_now(note: Note, sources: list[Any]) -> bool:
-    """Whether the penalty joins in this backward, given the nodes of weights and what lies behind them: in each
-    torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
+def _reached(sources: list[Any]) -> set[int] | None:
+    """The numbers of nodes that this backward comes to; None in a torch.autograd.grad that asks for the weights."""
     try:
-        reached = {n for n, node in enumerate(sources) if torch._C._will_engine_execute_node(node)}
-    except RuntimeError:  # which is how the engine says of a leaf that this is torch.autograd.grad
-        return True
-    joins = not reached <= note.joined
-    note.joined |= reached
+        return {n for n, node in enumerate(sources) if torch._C._will_engine_execute_node(node)}
+    except RuntimeError:  # which is how the engine says so of a leaf
+        return None
+
+
+def _joins_now(note: Note, reached: set[int] | None) -> bool:
+    """Whether the penalty joins in this backward, given the nodes that it comes to, of weights and behind them: in each
+    torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
+    joins = reached is None or not reached <= note.joined
+    if joins and note.twice:
+        raise RuntimeError(f"weight: {_TWICE}")
+    note.twice = note.twice or (joins and torch.is_grad_enabled())
+    note.joined |= reached or set()
     return joins
 
 

@@ -886,6 +886,38 @@ def test_partial_gradients_get_their_penalty_and_take_nothing_away(
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_gradient_for_what_lies_before_leaves_the_penalty(
+    layer: sire_fast.GRU, weight: float | None, reads: bool
+) -> None:
+    """Of a hidden state, between two layers, before the penalty is read."""
+    model = nn.ModuleList([layer, nn.GRU(4, 4).double()])
+    sire_fast.convert(model, swaps=Adjacent("all"), weight=weight)
+    results = []
+    for early in (False, True):
+        hidden = model[0](X)[0]
+        loss = model[1](hidden)[0].square().sum()
+        if early:
+            if reads:
+                sire_fast.penalty(model)
+            torch.autograd.grad(loss, hidden, retain_graph=True)
+        model.zero_grad()
+        penalty = sire_fast.penalty(model)
+        (loss if weight else loss + penalty).backward()
+        results.append((penalty, _gradients(model)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_weight_does_not_join_what_is_made_of_a_gradient(layer: sire_fast.GRU) -> None:
+    """Training through a step of training: nobody can tell whether the second backward is to hold it, too."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+    with backends.use("reference"):
+        found = torch.autograd.grad(_step(layer, X), list(layer.parameters()), create_graph=True)
+        with pytest.raises(RuntimeError, match="weight: the penalty has joined a gradient with create_graph"):
+            sum(g.square().sum() for g in found).backward()
+
+
 class Cut(torch.autograd.Function):
     """What gives no gradient at all."""
 
