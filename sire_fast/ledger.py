@@ -67,11 +67,11 @@ _DROPPED = (
 
 
 class Mark:
-    """Whether a backward has come through a forward, and whether through its penalty. It is all that a hook of the
-    penalty holds of it, since what was computed holds the hook."""
+    """Whether a backward has come through a forward, whether through its penalty, and whether in part, for what lies
+    before the layer alone. It is all that a hook of the penalty holds of it, since what was computed holds the hook."""
 
     def __init__(self) -> None:
-        self.differentiated = self.trained = False
+        self.differentiated = self.trained = self.in_part = False
 
     def __call__(self, gradient: Tensor | None) -> None:
         if gradient is not None:  # it is None where a backward comes through the layer, and not through this
@@ -97,7 +97,9 @@ class Forward:
 
     @property
     def over(self) -> bool:
-        return self.mark.differentiated or self.versions != [w._version for w in self.weights]
+        if self.mark.differentiated or self.versions != [w._version for w in self.weights]:
+            return True
+        return self.mark.in_part and not _kept(self.node())
 
     def ends_before(self, other: Forward) -> bool:
         """Whether it counts no more when another comes."""
@@ -130,7 +132,10 @@ class Note(Mark):
 
     @property
     def counts(self) -> bool:
-        return self.differentiated or self.node is None or self.node() is not None
+        if self.differentiated or self.node is None:
+            return True
+        node = self.node()
+        return node is not None and (not self.in_part or _kept(node))
 
     def ends_with(self, output: Tensor) -> None:
         """Learn of a backward through what the forward returned, which leaves no trace in it."""
@@ -493,13 +498,23 @@ def _mark(compared: Compared) -> Mark:
 
 def _freed(tensor: Tensor) -> bool:
     """Whether a backward has freed the graph of a tensor that a compiled function returned."""
-    for node in _behind(tensor.grad_fn):
+    return _holds(_behind(tensor.grad_fn)) is False
+
+
+def _kept(node: Any) -> bool:
+    """Whether the graph of what a forward returned, given its last node, is there and was not freed."""
+    return node is not None and _holds(one for one in _behind(node) if one is not node) is True
+
+
+def _holds(nodes: Iterator[Any]) -> bool | None:
+    """Whether the first of the nodes that can tell holds what its backward needs; None if none can."""
+    for node in nodes:
         if hasattr(type(node), "_raw_saved_tensors"):
             try:
-                return node._raw_saved_tensors is None
+                return node._raw_saved_tensors is not None
             except RuntimeError:
-                return True
-    return False
+                return False
+    return None
 
 
 def _behind(node: Any) -> Iterator[Any]:
@@ -531,8 +546,10 @@ class _Give(torch.autograd.Function):
         joined, reached = None, _reached(ctx.sources)
         if ctx.ledger.joins and _joins_now(ctx.mark, reached):
             joined = ctx.ledger.share(ctx.mark, ctx.like).expand(ctx.shape)
-        if reached is None or reached or not ctx.sources:  # else it is for what lies before the layer alone
+        if reached is None or reached or not ctx.sources:
             ctx.mark.differentiated = True
+        else:
+            ctx.mark.in_part = True
         return None, None, None, joined, *grads
 
     @staticmethod

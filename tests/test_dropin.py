@@ -909,6 +909,29 @@ def test_a_gradient_for_what_lies_before_leaves_the_penalty(
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_gradients_for_the_input_do_not_count_where_they_have_freed_their_graph(
+    weight: float | None, options: dict[str, Any]
+) -> None:
+    """Training on adversarial examples, which are found in training mode; somebody holds the last one's loss."""
+    layer = sire_fast.GRU(3, 4, **options).double()
+    results = []
+    for search in (False, True):
+        sire_fast.convert(layer, swaps=Adjacent("all"), weight=weight)
+        if search:
+            for _ in range(6):
+                x = Y.clone().requires_grad_()
+                held = _step(layer, x)
+                torch.autograd.grad(held, x)
+        layer.zero_grad()
+        loss = _step(layer, X)
+        (loss if weight else loss + 0.3 * sire_fast.penalty(layer)).backward()
+        results.append((sire_fast.penalty(layer) if weight else None, _gradients(layer)))
+    assert held is not None
+    torch.testing.assert_close(*results)
+
+
 def test_a_weight_does_not_join_what_is_made_of_a_gradient(layer: sire_fast.GRU) -> None:
     """Training through a step of training: nobody can tell whether the second backward is to hold it, too."""
     sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
