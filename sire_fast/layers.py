@@ -135,7 +135,10 @@ class _SwapLayer(nn.RNNBase):
             tracer, given = proxies[0].tracer, {"hx": hx} if lengths is None else {"hx": hx, "lengths": lengths}
             return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), given)
         if not self._swapping():
-            return self._plain(input, hx, lengths)
+            output, last = self._plain(input, hx, lengths)
+            if self.swaps is not None and not self.training and torch.is_grad_enabled():
+                self._look_for_training(output, last)
+            return output, last
         if self._ledger.watcher is None or torch.compiler.is_compiling():
             return self._with_variants(input, hx, lengths)
         note = None if in_backward() else self._watch(input, hx, lengths)
@@ -180,26 +183,38 @@ class _SwapLayer(nn.RNNBase):
         return _returned(output, *self._ledger.enter(weights, compared, output, last), restore)
 
     @torch.no_grad()
-    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> Note | None:
+    def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> Note:
         """Tell the ledger the penalty, and leave no trace: the random numbers of dropout are drawn again afterwards."""
         if self._is_torchs(input, hx):
-            return None
+            return self._ledger.note(self.weight_hh_l0.new_zeros(0))
         x, lengths, states, _ = self._unify(input, hx, lengths)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             pairs = Pairs(self._draw(x, lengths, self._ledger.watcher), self.compare, self._longest)
             return self._ledger.note(passes.with_swaps(self._network, x, lengths, states, pairs)[-1].penalty)
 
+    def _look_for_training(self, output: Any, last: Any) -> None:
+        """Tell if somebody trains this layer in evaluation mode, in which its penalty is 0."""
+        if not torch.compiler.is_compiling() and not _exporting():
+            output = output.data if isinstance(output, PackedSequence) else output
+            results = [output, *(last if self._two_states else (last,))]
+            self._ledger.look_for_training(self.parameters(), results)
+
     def _is_torchs(self, input: Tensor | PackedSequence, hx: Any) -> bool:
-        """Whether torch's own forward is to answer: with an error, where the states' dtype does not fit, or with empty
-        tensors."""
-        if isinstance(input, Tensor) and 0 in input.shape[:-1]:
+        """Whether torch's own forward is to answer: with an error, where the input's form or device, or the states'
+        form or dtype, does not fit, or with empty tensors."""
+        weight = self.weight_hh_l0
+        if isinstance(input, Tensor) and (
+            0 in input.shape[:-1] or input.dim() not in (2, 3) or input.device != weight.device
+        ):
             return True
         if hx is None:
             return False
-        weight, states = self.weight_hh_l0, hx if isinstance(hx, (tuple, list)) else (hx,)
-        if self._two_states and len(states) != 2:
+        states = hx if self._two_states else (hx,)
+        if len(states) != (2 if self._two_states else 1) or not all(isinstance(s, Tensor) for s in states):
             return True
-        fits = all(s is None or s.dtype == weight.dtype for s in states)
+        if isinstance(input, Tensor) and any(s.dim() != input.dim() for s in states):
+            return True
+        fits = all(s.dtype == weight.dtype for s in states)
         return not fits and not torch.is_autocast_enabled(weight.device.type)
 
     def _swapping(self) -> bool:
@@ -208,7 +223,7 @@ class _SwapLayer(nn.RNNBase):
             return False
         if torch.is_grad_enabled():
             return True
-        if not torch.compiler.is_compiling() and runs_again():
+        if not torch.compiler.is_compiling() and runs_again() is not None:
             return True
         self._ledger.skip(WITHOUT_GRADIENT)
         return False
@@ -230,17 +245,7 @@ class _SwapLayer(nn.RNNBase):
             self.check_forward_args(input.data, self._tuple(states), input.batch_sizes)
             return x, lengths.to(x.device), states, lambda y, last: (_pack_as(input, y), self._tuple(last))
 
-        name = type(self).__name__
-        if input.dim() not in (2, 3):
-            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
-        if hx is not None:
-            for state in hx if self._two_states else (hx,):
-                if state.dim() != input.dim():
-                    kind = "batched 3-D" if batched else "unbatched 2-D"
-                    raise RuntimeError(
-                        f"For {kind} input, hx should also be {input.dim()}-D but got {state.dim()}-D tensor"
-                    )
         batch_dim = 0 if self.batch_first else 1
         x = input if batched else input.unsqueeze(batch_dim)
         if hx is not None and not batched:
@@ -389,6 +394,10 @@ class LSTM(_SwapLayer, nn.LSTM):
 
 _REVERT = "sire_fast.revert(model) makes its layers torch.nn's own again, first"
 
+# what ours holds, and all names of its own
+_SETTINGS = ("swaps", "compare", "recompute", "_exchanged", "_warned", "_ledger")
+_OWN = (*_SETTINGS, *(n for n in vars(_SwapLayer) if not hasattr(nn.RNNBase, n) and n not in ("forward", "qconfig")))
+
 # torch's class -> that with swaps
 _classes: dict[type, type[_SwapLayer]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
 # so for subclasses of torch's
@@ -468,6 +477,16 @@ def _check_forward(name: str, module: nn.RNNBase) -> None:
         )
 
 
+def _check_names(name: str, module: nn.RNNBase) -> None:
+    """A ValueError if a layer has something under a name that ours uses."""
+    taken = next((own for own in _OWN if hasattr(module, own)), None)
+    if taken:
+        raise ValueError(
+            f"model: {name or 'the layer'} ({type(module).__name__}) has a {taken!r} of its own, a name of sire_fast's "
+            "layer: rename it"
+        )
+
+
 def convert(
     model: Model,
     swaps: Sampler | None = Adjacent(8),  # noqa: B008
@@ -514,6 +533,7 @@ def convert(
     torchs = [(name, m) for name, m in found if not isinstance(m, _SwapLayer)]
     for name, module in torchs:
         _check_forward(name, module)
+        _check_names(name, module)
     kinds = [_class_of(module, _swap_class) for _, module in torchs]
     for (_, module), kind in zip(torchs, kinds, strict=True):
         module.__class__ = kind
@@ -549,7 +569,7 @@ def revert(model: Model) -> Model:
             raise ValueError(f"model: the forward of {module} was replaced on the object; undo that before revert")
     kinds = [_class_of(module, _torch_class) for module in found]
     for module, kind in zip(found, kinds, strict=True):
-        for name in ("swaps", "compare", "recompute", "_exchanged", "_warned", "_ledger", "_qconfig"):
+        for name in (*_SETTINGS, "_qconfig"):
             module.__dict__.pop(name, None)
         module.__class__ = kind
     return model

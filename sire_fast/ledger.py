@@ -1,7 +1,8 @@
 """Which forwards of a layer count for its penalty, and the weight with which the penalty joins by itself.
 
 A forward counts until it has been differentiated, or no longer can be: its weights have changed, or all that it
-returned is gone (the last few forwards count even then: the penalty alone may be wanted). Each thread has its own.
+returned is gone (the last few forwards count even then: the penalty alone may be wanted). That of a frozen layer, which
+nothing can differentiate, counts until its penalty has been read and the next begins. Each thread has its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from numbers import Real
 from types import FrameType
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
+from torch.utils.checkpoint import CheckpointFunction
 
 from sire_fast import ops
 from sire_fast.cells import States
@@ -32,6 +34,7 @@ _keys = itertools.count()
 # a number, a 0-d tensor, or a function that gives one of them whenever a backward asks
 Weight = float | Tensor | Callable[[], float | Tensor]
 
+_NONE = -1
 _HELD = 4  # the last forwards, which count though nobody holds what they returned
 
 _NEVER = "run a forward in training mode first"
@@ -42,9 +45,20 @@ _REENTRANT = (
     "convert(..., weight=...), with which the penalty joins by itself"
 )
 _COMPILED = "call it outside of the compiled function, where the weight joins by itself"
-_UNREAD = (
-    "backwards come through this layer, and nobody has read its penalty: add sire_fast.penalty(model) to the loss, or "
-    "convert(..., weight=...), with which it joins by itself"
+_TWICE = (
+    "the penalty has joined a gradient with create_graph=True, and would join what is made of it once more: use "
+    "convert(model), and add sire_fast.penalty(model) to the loss"
+)
+_COMPILED_AGAIN = (
+    "a compiled layer draws no swaps in the first run of a checkpoint with use_reentrant=True: use use_reentrant=False"
+)
+_UNTRAINED = (
+    "backwards come through this layer, but not through its penalty: add sire_fast.penalty(model), not detached, to "
+    "the loss, or convert(..., weight=...), with which it joins by itself (a weight of 0 only watches)"
+)
+_EVALUATED = (
+    "this layer is trained in eval(), in which no swaps are drawn and its penalty is 0: call model.train(), or convert "
+    "it with swaps=None"
 )
 _DROPPED = (
     "a forward in training mode was dropped, and its penalty with it, before a backward; run forwards that do not "
@@ -53,14 +67,15 @@ _DROPPED = (
 
 
 class Mark:
-    """Whether a backward has come through a forward. It is all that a hook holds of it, since what was computed holds
-    the hook."""
+    """Whether a backward has come through a forward, whether through its penalty, and whether in part, for what lies
+    before the layer alone. It is all that a hook of the penalty holds of it, since what was computed holds the hook."""
 
     def __init__(self) -> None:
-        self.differentiated = False
+        self.differentiated = self.trained = self.in_part = False
 
-    def __call__(self, gradient: Tensor) -> None:
-        self.differentiated = True
+    def __call__(self, gradient: Tensor | None) -> None:
+        if gradient is not None:  # it is None where a backward comes through the layer, and not through this
+            self.differentiated = self.trained = True
 
 
 class Forward:
@@ -68,6 +83,8 @@ class Forward:
 
     Attributes:
         compared: held here for a while.
+        frozen: whether no backward can come through it.
+        read: whether its penalty has been.
         node: weak, of the graph; it holds what is compared, as long as anybody holds what the forward returned.
     """
 
@@ -75,11 +92,18 @@ class Forward:
         self.mark = Mark()
         self.weights, self.versions = weights, [w._version for w in weights]
         self.compared: Compared | None = compared
+        self.frozen, self.read = not compared.penalty.requires_grad, False
         self.node: Callable[[], Any] = lambda: None
 
     @property
     def over(self) -> bool:
-        return self.mark.differentiated or self.versions != [w._version for w in self.weights]
+        if self.mark.differentiated or self.versions != [w._version for w in self.weights]:
+            return True
+        return self.mark.in_part and not _kept(self.node())
+
+    def ends_before(self, other: Forward) -> bool:
+        """Whether it counts no more when another comes."""
+        return self.over or (self.frozen and (self.read or not other.frozen))
 
     def found(self) -> Compared | None:
         """What is compared, None if it is gone."""
@@ -92,21 +116,26 @@ class Note(Mark):
     Attributes:
         count: of its variants.
         total: of their penalties, detached.
-        node: weak, of the graph or held by it, which is gone when nobody holds what the forward returned; None where it
-            is not known.
-        joined: whether the penalty has.
+        node: weak, of the graph or held by it, which is gone when nobody holds what the forward returned; gives None
+            for a frozen layer. None until it is known.
+        joined: the numbers of the nodes whose gradients it has joined.
+        twice: whether it has in a gradient that may be differentiated in turn.
     """
 
     def __init__(self, penalty: Tensor, round: Round) -> None:
         super().__init__()
         self.count, self.total, self.round = penalty.numel(), penalty.detach().sum(), round
-        self.node: weakref.ref | None = None
-        self.joined = False
+        self.node: Callable[[], Any] | None = None
+        self.joined: set[int] = set()
+        self.twice = False
         self.key = next(_keys)
 
     @property
     def counts(self) -> bool:
-        return self.differentiated or self.node is None or self.node() is not None
+        if self.differentiated or self.node is None:
+            return True
+        node = self.node()
+        return node is not None and (not self.in_part or _kept(node))
 
     def ends_with(self, output: Tensor) -> None:
         """Learn of a backward through what the forward returned, which leaves no trace in it."""
@@ -139,7 +168,7 @@ class Round:
 
     def mean(self) -> Tensor | None:
         """Of the penalties, detached; None if there was no forward."""
-        notes = [n for n in self.notes if n.counts] or self.notes[-1:]
+        notes = [n for n in self.notes if n.counts and n.count] or self.notes[-1:]
         if not notes:
             return None
         total = sum((n.total.to(notes[0].total.device) for n in notes[1:]), notes[0].total)
@@ -194,10 +223,13 @@ class Ledger:
             )
         self.weight = weight
         self.joins = weight is not None
-        self._unread: int | None = 0  # backwards before the penalty was read for the first time; None after it
+        self._untrained: int | None = 0  # backwards that came through no penalty; None after one that did
+        # version of a parameter in the last backward in eval(), _NONE before there was one; None after telling
+        self._evaluated: int | None = _NONE
         # of the last run of a compiled function: what its forwards compare, or else their notes
         self.traced: tuple[Any, ...] = ()
         self._ran_by: _State | None = None  # the state of the thread that has run it
+        self._again = False  # whether a backward has, once more
         watches = isinstance(weight, Real) and weight == 0
         self.watcher = torch.Generator().manual_seed(torch.initial_seed()) if watches else None
         self.key = next(_keys)
@@ -235,15 +267,20 @@ class Ledger:
         state, rerun = self._state, in_backward()
         transformed = torch._C._are_functorch_transforms_active()
         state.told = _OVER
+        if self._evaluated is not None:
+            self._evaluated = _NONE
         if self.joins:
             if transformed:
                 output, *last = _GiveTransformed.apply(self, compared.penalty, output, *last)
                 return output, tuple(last)
             note = self.note(compared.penalty)
             if not torch.is_grad_enabled():
+                note.node = weakref.ref(runs_again())
                 return output, last
-            output, *last = _Give.apply(self, note, weights[0], compared.penalty, output, *last)
-            note.node = None if output.grad_fn is None else weakref.ref(output.grad_fn)
+            trained = [w for w in weights if w.requires_grad] or [compared.penalty]
+            sources = [node for t in trained if t.requires_grad for node in _behind(_node(t))]
+            output, *last = _Give.apply(self, note, sources, compared.penalty, output, *last)
+            note.node = (lambda: None) if output.grad_fn is None else weakref.ref(output.grad_fn)
             return output, tuple(last)
         if rerun or transformed:
             state.passing.append(compared)
@@ -256,15 +293,16 @@ class Ledger:
         forward = Forward(weights, compared)
         if compared.output is output:
             output = ops.own_memory(output)
-        output, *last = _Give.apply(self, forward.mark, None, None, output, *last)
+        sources = [_node(w) for w in [w for w in weights if w.requires_grad][:1]]  # one tells enough
+        output, *last = _Give.apply(self, forward.mark, sources, None, output, *last)
         node: Any = output.grad_fn
         if node is not None:
             node.compared = compared
             forward.node = weakref.ref(node)
         with state.lock:
             state.passing.clear()
-            state.forwards = [f for f in state.forwards if not f.over]
-            state.forwards.append(forward)
+            self._passed([f.mark for f in state.forwards])
+            state.forwards = [*(f for f in state.forwards if not f.ends_before(forward)), forward]
             _let_go(state.forwards)
         return output, tuple(last)
 
@@ -273,6 +311,10 @@ class Ledger:
         state = self._state
         with state.lock:
             if in_backward():
+                again = _function("backward")
+                for first in state.round.notes:
+                    if again is not None and first.node is not None and first.node() is again:
+                        first.differentiated = True
                 return Note(penalty, state.round)
             if state.round.differentiated:
                 state.round = Round()
@@ -280,7 +322,9 @@ class Ledger:
 
     def _trace(self, compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
         kept: Any
-        if self.joins:  # as a result of the graph the note cannot be put off until the backward
+        if self.joins and not output.requires_grad:  # of a frozen layer: no backward comes
+            kept = torch.ops.sire_fast.note(compared.penalty, self.key, True)
+        elif self.joins:  # as a result of the graph the note cannot be put off until the backward
             kept, output, *last = _GiveTraced.apply(self.key, compared.penalty, output, *last)
         else:
             others: Any = compared[1:]
@@ -290,21 +334,54 @@ class Ledger:
 
     def turn(self) -> None:
         """Put away what the last run of a compiled function compares, before another takes its place."""
-        if in_backward():
-            return
         earlier = (self._ran_by or self._state).earlier
-        earlier[:] = [c for c in (*earlier, *self.traced) if not _freed(c.penalty)]
-        self.traced, self._ran_by = (), self._state
+        earlier += () if self._again else self.traced
+        self.traced, self._again = (), in_backward()
+        if self._again:
+            return
+        self._ran_by = self._state
+        trained = [c for c in earlier if c.penalty.requires_grad]  # not by a frozen layer
+        self._passed([_mark(c) for c in trained if _freed(c.penalty)], over=True)
+        earlier[:] = [c for c in trained if not _freed(c.penalty)]
         if len(earlier) > _HELD:
             del earlier[:-_HELD]
             warn(_DROPPED)
 
-    def passed(self) -> None:
-        """Note a backward through a forward whose penalty the caller adds to the loss."""
-        if self._unread is not None:
-            self._unread += 1
-            if self._unread == 2:  # one may be a try
-                warn(_UNREAD)
+    def _passed(self, marks: list[Mark], over: bool = False) -> None:
+        """Tell once of backwards through forwards, or those that are over, if they came through no penalty."""
+        for mark in marks:
+            if mark.trained:
+                self._untrained = None
+            elif self._untrained is not None and (over or mark.differentiated):
+                self._untrained += 1
+                if self._untrained == 2:  # one may be a try
+                    warn(_UNTRAINED)
+
+    def look_for_training(self, parameters: Iterator[Tensor], results: list[Tensor]) -> None:
+        """Tell once where a forward in evaluation mode, of these results, is one step of a training."""
+        if self._evaluated is None or self.watcher is not None or torch._C._are_functorch_transforms_active():
+            return
+        parameter = next((p for p in parameters if p.requires_grad), None)
+        if parameter is None:
+            return
+        node, version = _node(parameter), parameter._version
+
+        def passed(*_: Any) -> None:
+            try:
+                reached = torch._C._will_engine_execute_node(node)
+            except RuntimeError:  # in torch.autograd.grad
+                return
+            if self._evaluated is None or not reached:
+                return
+            if self._evaluated in (_NONE, version):
+                self._evaluated = version
+            else:  # the second backward behind each other, and a step of an optimiser between them
+                self._evaluated = None
+                warn(_EVALUATED)
+
+        for result in results:
+            if result.grad_fn is not None:
+                result.grad_fn.register_hook(passed)
 
     # ---------------------------------------------------------------- the penalty's side
 
@@ -316,8 +393,8 @@ class Ledger:
             RuntimeError: some ran where their penalty cannot be differentiated.
         """
         if torch.compiler.is_compiling():
+            self._untrained = None  # as far as anybody can see
             return [(c, None) for c in self.traced]
-        self._unread = None
         state = self._state
         for passing, now in (
             (state.passing, in_backward() or torch._C._are_functorch_transforms_active()),
@@ -330,10 +407,17 @@ class Ledger:
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
-        last = self.traced if self._ran_by is state else ()
+        if self._again and in_backward():
+            return [(c, None) for c in self.traced]
+        last = self.traced if self._ran_by is state and not self._again else ()
         traced = [c for c in (*state.earlier, *last) if not _freed(c.penalty)]
-        forwards = [(f.found(), f.mark) for f in state.forwards if not f.over]
-        return [*((c, mark) for c, mark in forwards if c is not None), *((c, None) for c in traced)]
+        each: list[tuple[Compared, Mark | None]] = [(c, _mark(c)) for c in traced]
+        for forward in state.forwards:
+            compared = None if forward.over else forward.found()
+            if compared:
+                forward.read = True
+                each.append((compared, forward.mark))
+        return each
 
     def joined(self) -> Tensor | None:
         """The penalty of the last round, detached, of a layer whose weight joins by itself; None if there is none."""
@@ -350,6 +434,8 @@ class Ledger:
         """The gradient of each variant's penalty of a forward, 0-d."""
         note.differentiated = note.round.differentiated = True
         weight = self.weight() if callable(self.weight) else self.weight
+        if isinstance(weight, Real) and not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a number of at least 0 from {self.weight}, got {weight}")
         wide = torch.promote_types(like.dtype, torch.float32)
         try:
             weight = torch.as_tensor(weight, dtype=wide).detach().reshape(())
@@ -370,24 +456,31 @@ def _let_go(forwards: list[Forward]) -> None:
     gone = [f for f in forwards if f.found() is None]
     if gone:
         forwards[:] = [f for f in forwards if f not in gone]
-        warn(_DROPPED)
+        if not all(f.frozen for f in gone):
+            warn(_DROPPED)
 
 
 def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def runs_again() -> bool:
-    """Whether a forward without gradients is that of a custom function of autograd, which a backward runs again with
-    them, as a checkpoint with use_reentrant=True does."""
+def runs_again() -> Any:
+    """The node of a custom function of autograd whose forward this is, without gradients, and which a backward runs
+    again with them, as a checkpoint with use_reentrant=True does; None if there is none."""
+    return _function("forward")
+
+
+def _function(method: str) -> Any:
+    """The node of the custom function of autograd whose method runs; if one runs in another, of the outermost."""
     frame: FrameType | None = sys._getframe(1)
+    outermost = None
     while frame is not None:
-        if frame.f_code.co_name == "forward" and isinstance(
-            frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx
-        ):
-            return True
+        if frame.f_code.co_name == method:
+            node = frame.f_locals.get("ctx")
+            if isinstance(node, torch.autograd.function.FunctionCtx):
+                outermost = node
         frame = frame.f_back
-    return False
+    return outermost
 
 
 def warn(message: str) -> None:
@@ -398,19 +491,38 @@ def warn(message: str) -> None:
     warnings.warn(f"sire_fast: {message}", stacklevel=level)
 
 
+def _mark(compared: Compared) -> Mark:
+    """That of a forward in a compiled function, which the tensor that it returned holds."""
+    return vars(compared.penalty).setdefault("sire_fast_mark", Mark())
+
+
 def _freed(tensor: Tensor) -> bool:
     """Whether a backward has freed the graph of a tensor that a compiled function returned."""
-    nodes: list[Any] = [tensor.grad_fn]
+    return _holds(_behind(tensor.grad_fn)) is False
+
+
+def _kept(node: Any) -> bool:
+    """Whether the graph of what a forward returned, given its last node, is there and was not freed."""
+    return node is not None and _holds(one for one in _behind(node) if one is not node) is True
+
+
+def _holds(nodes: Iterator[Any]) -> bool | None:
+    """Whether the first of the nodes that can tell holds what its backward needs; None if none can."""
     for node in nodes:
-        if node is None:
-            continue
         if hasattr(type(node), "_raw_saved_tensors"):
             try:
-                return node._raw_saved_tensors is None
+                return node._raw_saved_tensors is not None
             except RuntimeError:
-                return True
-        nodes += [n for n, _ in node.next_functions][: 64 - len(nodes)]
-    return False
+                return False
+    return None
+
+
+def _behind(node: Any) -> Iterator[Any]:
+    """A node of the graph, if it is one, and those that a backward comes to after it, the first 64."""
+    nodes = [] if node is None else [node]
+    for one in nodes:
+        yield one
+        nodes += [n for n, _ in one.next_functions if n is not None][: 64 - len(nodes)]
 
 
 # ---------------------------------------------------------------- what a layer returns
@@ -421,23 +533,23 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ledger: Ledger, mark: Mark, weight: Any, penalty: Any, *results: Tensor
+        ctx: Any, ledger: Ledger, mark: Mark, sources: Any, penalty: Any, *results: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.ledger, ctx.mark = ledger, mark
+        ctx.ledger, ctx.mark, ctx.sources = ledger, mark, sources
         if ledger.joins:
-            ctx.shape, ctx.weight = penalty.shape, _node(weight)
+            ctx.shape, ctx.like = penalty.shape, penalty.new_empty(0)
         ctx.set_materialize_grads(False)
         return tuple(t.data for t in results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        joined = None
-        if not ctx.ledger.joins:
-            ctx.ledger.passed()
-        elif _joins_now(ctx.mark, ctx.weight):
-            like = next(g for g in grads if g is not None)
-            joined = ctx.ledger.share(ctx.mark, like).expand(ctx.shape)
-        ctx.mark.differentiated = True
+        joined, reached = None, _reached(ctx.sources)
+        if ctx.ledger.joins and _joins_now(ctx.mark, reached):
+            joined = ctx.ledger.share(ctx.mark, ctx.like).expand(ctx.shape)
+        if reached is None or reached or not ctx.sources:
+            ctx.mark.differentiated = True
+        else:
+            ctx.mark.in_part = True
         return None, None, None, joined, *grads
 
     @staticmethod
@@ -446,18 +558,29 @@ class _Give(torch.autograd.Function):
 
 
 def _node(weight: Tensor) -> Any:
-    return torch.autograd.graph.get_gradient_edge(weight).node if weight.requires_grad else None
+    """At which the gradient of a weight arrives."""
+    if weight.grad_fn is not None:
+        return weight.grad_fn
+    view: Any = weight.view_as(weight).grad_fn
+    return view.next_functions[0][0]
 
 
-def _joins_now(note: Note, weight: Any) -> bool:
-    """Whether the penalty joins in this backward, given the node of a weight: in each torch.autograd.grad that asks for
-    weights, and in the first .backward() that reaches them, however many there are."""
+def _reached(sources: list[Any]) -> set[int] | None:
+    """The numbers of nodes that this backward comes to; None in a torch.autograd.grad that asks for the weights."""
     try:
-        reached = weight is None or torch._C._will_engine_execute_node(weight)
-    except RuntimeError:  # which is how the engine says that this is torch.autograd.grad
-        return True
-    joins = reached and not note.joined
-    note.joined = note.joined or reached
+        return {n for n, node in enumerate(sources) if torch._C._will_engine_execute_node(node)}
+    except RuntimeError:  # which is how the engine says so of a leaf
+        return None
+
+
+def _joins_now(note: Note, reached: set[int] | None) -> bool:
+    """Whether the penalty joins in this backward, given the nodes that it comes to, of weights and behind them: in each
+    torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
+    joins = reached is None or not reached <= note.joined
+    if joins and note.twice:
+        raise RuntimeError(f"weight: {_TWICE}")
+    note.twice = note.twice or (joins and torch.is_grad_enabled())
+    note.joined |= reached or set()
     return joins
 
 
@@ -481,7 +604,7 @@ class _GiveTransformed(torch.autograd.Function):
 
 # In a compiled function, which neither keeps nor reads Python's objects when it runs, operators do it.
 
-ops.LIBRARY.define("note(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+ops.LIBRARY.define("note(Tensor penalty, int ledger, bool frozen) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 ops.LIBRARY.define("share(Tensor gradient, Tensor note) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 ops.LIBRARY.define("turn(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 
@@ -489,7 +612,7 @@ ops.LIBRARY.define("turn(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.
 class _GiveTraced(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ledger: int, penalty: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
-        noted = torch.ops.sire_fast.note(penalty, ledger)
+        noted = torch.ops.sire_fast.note(penalty, ledger, False)
         ctx.shape = penalty.shape
         ctx.save_for_backward(noted)
         ctx.mark_non_differentiable(noted)
@@ -502,17 +625,25 @@ class _GiveTraced(torch.autograd.Function):
 
 
 @torch.library.impl("sire_fast::note", "CompositeExplicitAutograd")
-def _note(penalty: Tensor, ledger: int) -> Tensor:
+def _note(penalty: Tensor, ledger: int, frozen: bool) -> Tensor:
     written = _ledgers[ledger]
+    if in_backward() and isinstance(_function("backward"), CheckpointFunction._backward_cls):
+        raise RuntimeError(f"sire_fast: {_COMPILED_AGAIN}")
+    written.traced = ()  # which would hold the note of the last run
     note = written.note(penalty)
     _notes[note.key] = note, written
     if len(_notes) > _NOTES:
         _notes.popitem(last=False)
-    return torch.tensor(note.key)
+    key = torch.tensor(note.key)
+    if frozen:
+        note.node = lambda: None
+    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # else a checkpoint, say, keeps it not
+        note.node = weakref.ref(key)
+    return key
 
 
 @torch.library.register_fake("sire_fast::note")
-def _noted(penalty: Tensor, ledger: int) -> Tensor:
+def _noted(penalty: Tensor, ledger: int, frozen: bool) -> Tensor:
     return torch.empty((), dtype=torch.int64)
 
 
@@ -524,7 +655,9 @@ def _share(gradient: Tensor, note: Tensor) -> Tensor:
             f"sire_fast: over {_NOTES} forwards of compiled layers came after this one: run its backward earlier"
         )
     noted, written = found
-    joins, noted.joined = not noted.joined, True
+    written.traced = ()
+    joins = not noted.joined
+    noted.joined.add(0)
     return written.share(noted, gradient) * joins
 
 

@@ -143,6 +143,31 @@ def test_a_forward_replaced_on_the_object_is_refused() -> None:
         sire_fast.convert(layer)
 
 
+class Setting(nn.GRU):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.compare = "mine"
+
+
+class Weight(nn.GRU):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.swaps = nn.Parameter(torch.ones(2))
+
+
+class Method(nn.GRU):
+    def _draw(self) -> str:
+        return "a picture"
+
+
+@pytest.mark.parametrize(("made", "taken"), [(Setting, "compare"), (Weight, "swaps"), (Method, "_draw")])
+def test_names_that_a_subclass_has_for_itself_are_refused(made: type[nn.RNNBase], taken: str) -> None:
+    model = nn.ModuleDict({"first": nn.GRU(4, 4), "second": made(4, 4)})
+    with pytest.raises(ValueError, match=rf"model: second \({made.__name__}\) has a '{taken}' of its own.* rename it"):
+        sire_fast.convert(model)
+    assert type(model["first"]) is nn.GRU
+
+
 def test_errors_leave_the_model_as_it_was() -> None:
     for options in ({"compare": "middle"}, {"swaps": 4}, {"weight": -1}, {"weight": "much"}, {"weight": torch.ones(2)}):
         layer = nn.GRU(3, 4)
@@ -432,6 +457,19 @@ def test_checkpoints(layer: sire_fast.GRU, reentrant: bool, inside: bool) -> Non
     torch.testing.assert_close(*results)
 
 
+def test_checkpoints_that_no_backward_runs_again_do_not_count(layer: sire_fast.GRU) -> None:
+    """A validation in training mode, under torch.no_grad()."""
+    (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
+    expected = _gradients(layer)
+    layer.zero_grad()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
+    for _ in range(9):
+        with torch.no_grad():
+            checkpoint(lambda x: layer(x)[0], X.clone().requires_grad_(), use_reentrant=True)
+    checkpoint(lambda x: _step(layer, x), X.clone().requires_grad_(), use_reentrant=True).backward()
+    torch.testing.assert_close(_gradients(layer), expected)
+
+
 def test_a_hidden_call_is_told_though_another_is_not(layer: sire_fast.GRU) -> None:
     loss = checkpoint(lambda x: layer(x)[0].sum(), X.clone().requires_grad_(), use_reentrant=True)
     layer(Y)
@@ -479,9 +517,11 @@ def test_replicas_of_data_parallel_write_where_the_caller_reads(layer: sire_fast
     torch.testing.assert_close(sire_fast.penalty(layer), expected)
 
 
-def test_no_sequences_are_no_penalty(kind: type[nn.RNNBase]) -> None:
+@pytest.mark.parametrize("weight", [None, 0.3, 0])
+def test_no_sequences_are_no_penalty(kind: type[nn.RNNBase], weight: float | None) -> None:
     """A graph without edges, the last shard."""
     theirs, ours = _both(kind, 3, 4)
+    sire_fast.convert(ours, swaps=PAIRS, compare="end", weight=weight)
     for shape in ((5, 0, 3), (0, 2, 3)):
         x = torch.randn(shape)
         try:
@@ -596,6 +636,42 @@ def test_a_weight_joins_in_checkpoints(layer: sire_fast.GRU, reentrant: bool) ->
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_checkpoints_of_compiled_layers(layer: sire_fast.GRU, weight: float | None) -> None:
+    """What a backward runs again counts neither in it nor in the next step."""
+    torch._dynamo.reset()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+    compiled = torch.compile(layer, backend="aot_eager")
+    results = []
+    for run in (layer, lambda x: checkpoint(compiled, x, use_reentrant=False)):
+        for _ in range(3):
+            layer.zero_grad()
+            loss = _step(run, X) + _step(run, 3 * X)
+            (loss + 0.3 * sire_fast.penalty(layer) if weight is None else loss).backward()
+        results.append(_gradients(layer))
+    torch.testing.assert_close(*results)
+    if weight:
+        with pytest.raises(RuntimeError, match="a compiled layer draws no swaps in the first run of a checkpoint with"):
+            checkpoint(compiled, X.clone().requires_grad_(), use_reentrant=True)[0].sum().backward()
+
+
+def test_a_weight_joins_in_a_checkpoint_in_a_checkpoint(layer: sire_fast.GRU) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
+    x = X.clone().requires_grad_()
+
+    def again(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: checkpoint(run, x, use_reentrant=True)
+
+    results = []
+    for wrap in (lambda run: run, again):
+        run = wrap(lambda x, wrap=wrap: wrap(lambda x: layer(x)[0].sum())(x) + wrap(lambda x: layer(3 * x)[0].sum())(x))
+        layer.zero_grad()
+        run(x).backward()
+        results.append((_gradients(layer), sire_fast.penalty(layer)))
+    torch.testing.assert_close(*results)
+
+
 def test_a_weight_of_zero_only_watches() -> None:
     """Losses, gradients and random numbers are those without sire_fast."""
     theirs = nn.GRU(3, 4, num_layers=2, dropout=0.5)
@@ -622,14 +698,124 @@ def test_a_weight_of_zero_tells_the_mean_up_to_the_last_backward(layer: sire_fas
         torch.testing.assert_close(sire_fast.penalty(layer), expected)
 
 
-@pytest.mark.parametrize("reads", [False, True])
-def test_a_penalty_that_nobody_reads_is_told_once(layer: sire_fast.GRU, recwarn, reads: bool) -> None:
+READS: dict[str, Callable[[Tensor], Any]] = {
+    "whole": lambda penalty: penalty,
+    "item": lambda penalty: penalty.item(),
+    "detached": lambda penalty: penalty.detach(),
+}
+
+
+@pytest.mark.parametrize("reads", [None, *READS])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_a_penalty_that_is_trained_nowhere_is_told_once(
+    layer: sire_fast.GRU, recwarn, reads: str | None, compiled: bool
+) -> None:
+    """Forgotten, or logged alone, or a number in the loss."""
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
     for _ in range(4):
-        loss = layer(X)[0].sum()
-        (loss + sire_fast.penalty(layer) if reads else loss).backward()
-    assert [str(w.message)[:50] for w in recwarn] == ["sire_fast: backwards come through this layer, and "] * (
-        not reads
+        loss = run(X)[0].sum()
+        if reads:
+            loss = loss + READS[reads](sire_fast.penalty(layer))
+        loss.backward()
+    told = [w for w in recwarn if "sire_fast" in str(w.message)]
+    assert ["backwards come through this layer, but not through its penalty" in str(w.message) for w in told] == (
+        [] if reads == "whole" else [True]
     )
+    assert compiled or all(w.filename == __file__ for w in told)
+
+
+def test_a_penalty_that_a_compiled_function_reads_is_trained(layer: sire_fast.GRU) -> None:
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: layer(x)[0].sum() + sire_fast.penalty(layer), backend="aot_eager")
+    for _ in range(4):  # a warning would be an error
+        run(X).backward()
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("used", ["output", "last", "packed"])
+def test_training_in_evaluation_mode_is_told_once(layer: sire_fast.GRU, recwarn, used: str, weight: Any) -> None:
+    """A validation in between that does not go back to train(): there is no penalty from then on."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=weight)
+    optimiser = torch.optim.SGD(layer.parameters(), 0.1)
+
+    def step() -> None:
+        output, last = layer(pack_padded_sequence(X, [5, 4]) if used == "packed" else X)
+        loss = output.data.sum() if used == "packed" else (last if used == "last" else output).sum()
+        (loss + sire_fast.penalty(layer) if weight is None else loss).backward()
+
+    step()
+    layer.eval()
+    for _ in range(3):  # saliency, Fisher information
+        step()
+    optimiser.step()
+    for _ in range(3):  # between the steps of a training
+        layer.train()
+        step()
+        layer.eval()
+        step()
+        optimiser.step()
+    assert not len(recwarn)
+    for _ in range(3):
+        step()
+        optimiser.step()
+    (told,) = recwarn
+    assert "this layer is trained in eval(), in which no swaps are drawn and its penalty is 0" in str(told.message)
+    assert told.filename == __file__
+
+
+@pytest.mark.parametrize("weight", [0, None])
+def test_evaluation_that_trains_nothing_is_not_told(layer: sire_fast.GRU, weight: Any) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all") if weight == 0 else None, weight=weight)
+    layer.eval()
+    for _ in range(3):  # a warning would be an error
+        layer(X)[0].sum().backward()
+        torch.optim.SGD(layer.parameters(), 0.1).step()
+
+
+@pytest.mark.parametrize("weight", [None, 0.3, 0])
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_a_frozen_layer_counts_its_last_forward(layer: sire_fast.GRU, weight: float | None, compiled: bool) -> None:
+    """A head that is trained first: the log is that of the step, and nothing of it is left for the steps after."""
+    head = nn.Linear(4, 1).double()
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+
+    def loss(x: Tensor, weight: float | None) -> Tensor:
+        loss = head(run(x)[0]).square().sum()
+        return loss + 0.3 * sire_fast.penalty(layer) if weight is None else loss
+
+    expected = _penalty_of(layer, X).detach()
+    loss(X, weight if weight == 0 else None).backward()
+    trained = _gradients(layer)
+    layer.zero_grad()
+    sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+    layer.requires_grad_(False)
+    for n in range(9):  # a warning would be an error
+        kept = loss(X * (9 - n), weight)
+        told = sire_fast.penalty(layer)
+        kept.backward()
+    torch.testing.assert_close(told, expected)
+    layer.requires_grad_(True)
+    loss(X, weight).backward()
+    torch.testing.assert_close(_gradients(layer), trained)
+
+
+def test_all_calls_of_a_frozen_layer_count_through_a_head(layer: sire_fast.GRU) -> None:
+    head = nn.Linear(4, 1).double()
+    for frozen in (False, True):
+        layer.requires_grad_(not frozen)
+        for _ in range(2):
+            layer(X), layer(2 * X)
+            penalty = sire_fast.penalty(layer, through=head)
+            torch.testing.assert_close(sire_fast.penalty(layer, through=head), penalty)
+            head.zero_grad()
+            penalty.backward()
+        if not frozen:
+            expected = head.weight.grad.clone()
+    torch.testing.assert_close(head.weight.grad, expected)
 
 
 def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
@@ -644,29 +830,155 @@ def test_a_weight_joins_once(layer: sire_fast.GRU) -> None:
     torch.testing.assert_close(_gradients(layer), expected)
 
 
-def test_a_partial_gradient_before_takes_nothing_away(layer: sire_fast.GRU) -> None:
-    """Saliency, adversarial examples, norms of gradients: only .backward() uses the penalty up."""
-    (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
+def _grads(asked: str, keep: str = "") -> Callable[[Tensor, Tensor, nn.Module], None]:
+    """A backward of torch.autograd.grad for the input or for parameters, then .backward() unless they are kept."""
+
+    def run(loss: Tensor, x: Tensor, layer: nn.Module) -> None:
+        trained = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        wanted = {"x": [x], "all": [*trained.values()], "one": [trained.get(keep)]}[asked]
+        found = torch.autograd.grad(loss, wanted, retain_graph=True)
+        if keep:
+            wanted[0].grad = found[0]
+        else:
+            loss.backward()
+
+    return run
+
+
+def _in_parts(loss: Tensor, x: Tensor, layer: nn.Module) -> None:
+    """An optimiser each."""
+    for parameter in layer.parameters():
+        if parameter.requires_grad:
+            loss.backward(inputs=[parameter], retain_graph=True)
+
+
+@pytest.mark.parametrize("prepare", ["", "first frozen", "all frozen", "norm of the first", "norm of the second"])
+@pytest.mark.parametrize(
+    "run",
+    {
+        "grad of x, then all": _grads("x"),
+        "grad of all, then all": _grads("all"),
+        "grad of one": _grads("one", "bias_hh_l0"),
+        "one by one": _in_parts,
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_partial_gradients_get_their_penalty_and_take_nothing_away(
+    layer: sire_fast.GRU, prepare: str, run: tuple[str, Callable[..., None]]
+) -> None:
+    """Saliency, adversarial examples, norms of gradients, a backward for each optimiser; whatever is trained."""
+    if prepare.startswith("norm"):
+        parametrizations.weight_norm(layer, "weight_ih_l0" if "first" in prepare else "weight_hh_l0")
+    elif prepare:
+        (layer if "all" in prepare else layer.weight_ih_l0).requires_grad_(False)
+    if prepare == "all frozen" and run[0] in ("grad of all, then all", "grad of one"):
+        return  # there is no such gradient
+    results = []
+    for weight in (None, 0.3):
+        sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=weight)
+        layer.zero_grad()
+        x = X.clone().requires_grad_()
+        loss = _step(layer, x)
+        if weight is None:
+            loss = loss + 0.3 * sire_fast.penalty(layer)
+        run[1](loss, x, layer)
+        results.append([p.grad for p in (x, *layer.parameters())])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_gradient_for_what_lies_before_leaves_the_penalty(
+    layer: sire_fast.GRU, weight: float | None, reads: bool
+) -> None:
+    """Of a hidden state, between two layers, before the penalty is read."""
+    model = nn.ModuleList([layer, nn.GRU(4, 4).double()])
+    sire_fast.convert(model, swaps=Adjacent("all"), weight=weight)
+    results = []
+    for early in (False, True):
+        hidden = model[0](X)[0]
+        loss = model[1](hidden)[0].square().sum()
+        if early:
+            if reads:
+                sire_fast.penalty(model)
+            torch.autograd.grad(loss, hidden, retain_graph=True)
+        model.zero_grad()
+        penalty = sire_fast.penalty(model)
+        (loss if weight else loss + penalty).backward()
+        results.append((penalty, _gradients(model)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=str)
+def test_gradients_for_the_input_do_not_count_where_they_have_freed_their_graph(
+    weight: float | None, options: dict[str, Any]
+) -> None:
+    """Training on adversarial examples, which are found in training mode; somebody holds the last one's loss."""
+    layer = sire_fast.GRU(3, 4, **options).double()
+    results = []
+    for search in (False, True):
+        sire_fast.convert(layer, swaps=Adjacent("all"), weight=weight)
+        if search:
+            for _ in range(6):
+                x = Y.clone().requires_grad_()
+                held = _step(layer, x)
+                torch.autograd.grad(held, x)
+        layer.zero_grad()
+        loss = _step(layer, X)
+        (loss if weight else loss + 0.3 * sire_fast.penalty(layer)).backward()
+        results.append((sire_fast.penalty(layer) if weight else None, _gradients(layer)))
+    assert held is not None
+    torch.testing.assert_close(*results)
+
+
+def test_a_weight_does_not_join_what_is_made_of_a_gradient(layer: sire_fast.GRU) -> None:
+    """Training through a step of training: nobody can tell whether the second backward is to hold it, too."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+    with backends.use("reference"):
+        found = torch.autograd.grad(_step(layer, X), list(layer.parameters()), create_graph=True)
+        with pytest.raises(RuntimeError, match="weight: the penalty has joined a gradient with create_graph"):
+            sum(g.square().sum() for g in found).backward()
+
+
+class Cut(torch.autograd.Function):
+    """What gives no gradient at all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def test_a_weight_joins_where_no_gradient_arrives(layer: sire_fast.GRU) -> None:
+    layer(X)
+    (0.3 * sire_fast.penalty(layer)).backward()
     expected = _gradients(layer)
     layer.zero_grad()
     sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
-    x = X.clone().requires_grad_()
-    loss = _step(layer, x)
-    torch.autograd.grad(loss, x, retain_graph=True)
-    found = torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
-    torch.testing.assert_close(list(found), expected)
-    loss.backward()
+    Cut.apply(layer(X)[0]).sum().backward()
     torch.testing.assert_close(_gradients(layer), expected)
 
 
-def test_dropped_forwards_take_no_share(layer: sire_fast.GRU) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
+def test_dropped_forwards_take_no_share(layer: sire_fast.GRU, compiled: bool) -> None:
     (_step(layer, X) + 0.3 * sire_fast.penalty(layer)).backward()
     expected = _gradients(layer)
     layer.zero_grad()
     sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=0.3)
-    for _ in range(9):
-        layer(Y)
-    _step(layer, X).backward()
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="aot_eager") if compiled else layer
+    for _ in range(2):  # a compiler holds what it has seen
+        layer.zero_grad()
+        for _ in range(9):
+            run(Y)
+        loss = _step(run, X)
+        run(Y)
+        loss.backward()
     torch.testing.assert_close(_gradients(layer), expected)
 
 
@@ -720,6 +1032,14 @@ def test_many_compiled_forwards_before_one_backward(layer: sire_fast.GRU, monkey
 def test_what_a_function_gives_must_be_a_weight(layer: sire_fast.GRU) -> None:
     sire_fast.convert(layer, weight=lambda: "much")
     with pytest.raises(ValueError, match="weight: expected a number or a 0-d tensor from"):
+        layer(X)[0].sum().backward()
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
+def test_a_schedule_that_has_run_past_its_end_is_told(layer: sire_fast.GRU, wrong: float) -> None:
+    """A weight below 0 would ask for sensitivity to order."""
+    sire_fast.convert(layer, weight=lambda: wrong)
+    with pytest.raises(ValueError, match=r"weight: expected a number of at least 0 from .*, got"):
         layer(X)[0].sum().backward()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -326,13 +327,14 @@ def test_state_dict_and_defaults_are_torchs(name: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_errors_are_torchs(name: str) -> None:
-    """The same exception for the same mistake, on both paths."""
+    """The same exception, with the same message, for the same mistake, on both paths."""
     mistakes = [
         torch.randn(4),
         torch.randn(5, 3, 9),
         torch.randn(5, 3, 4, 1),
         torch.randn(5, 3, 4).double(),
         torch.randn(5, 3, 4).int(),
+        torch.randn(5, 3, 4, device="meta"),
     ]
     for options in ({}, {"num_layers": 2}):
         ours, theirs = (kind(4, 6, **options) for kind in PAIRS[name])
@@ -340,14 +342,19 @@ def test_errors_are_torchs(name: str) -> None:
         for x in mistakes:
             with pytest.raises((RuntimeError, ValueError)) as expected:
                 theirs(x)
-            with pytest.raises(expected.type):
+            with pytest.raises(expected.type, match=re.escape(str(expected.value))):
                 ours(x)
         wrong_states = [torch.randn(1, 6), torch.randn(7, 3, 6), torch.randn(1, 3, 2)]
         for h in wrong_states:
             hx = (h, h) if name == "LSTM" else h
             with pytest.raises((RuntimeError, ValueError)) as expected:
                 theirs(torch.randn(5, 3, 4), hx)
-            with pytest.raises(expected.type):
+            with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+                ours(torch.randn(5, 3, 4), hx)
+        for hx in ([torch.randn(1, 3, 6)], (torch.randn(1, 3, 6), None), "h"):
+            with pytest.raises((AttributeError, IndexError, RuntimeError, TypeError)) as expected:
+                theirs(torch.randn(5, 3, 4), hx)
+            with pytest.raises(expected.type, match=re.escape(str(expected.value))):
                 ours(torch.randn(5, 3, 4), hx)
     for arguments in ((4, 0), (0, 4), (4, 6, 0), (4, 6.0)):
         raised = []
