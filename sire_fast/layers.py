@@ -174,13 +174,13 @@ class _SwapLayer(nn.RNNBase):
             output, last = super().forward(input, hx)
             none = output.new_zeros(0, 1, output.shape[-1])
             compared = Compared(none.sum(-1), output, none[..., 0].long(), none, None, None)
-            output, last = self._ledger.enter([], compared, output, last if self._two_states else (last,))
+            output, last = self._ledger.enter([], [], compared, output, last if self._two_states else (last,))
             return output, self._tuple(last)
         x, lengths, states, restore = self._unify(input, hx, lengths)
         pairs = Pairs(self._draw(x, lengths), self.compare, self._longest)
         output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)
         weights = [w for layer in network.weights for direction in layer for w in direction]
-        return _returned(output, *self._ledger.enter(weights, compared, output, last), restore)
+        return _returned(output, *self._ledger.enter(weights, [x, *states], compared, output, last), restore)
 
     @torch.no_grad()
     def _watch(self, input: Tensor | PackedSequence, hx: Any, lengths: Tensor | None) -> Note:

@@ -259,9 +259,11 @@ class Ledger:
         """Note why a forward in training mode ran no variants."""
         self._state.told = told
 
-    def enter(self, weights: list[Tensor], compared: Compared, output: Tensor, last: States) -> tuple[Tensor, States]:
-        """Note a pass. Returns what the layer is to return: a backward through it ends the pass, and there the weight
-        joins."""
+    def enter(
+        self, weights: list[Tensor], inputs: list[Tensor], compared: Compared, output: Tensor, last: States
+    ) -> tuple[Tensor, States]:
+        """Note a pass with these weights over these inputs and states. Returns what the layer is to return: a backward
+        through it ends the pass, and there the weight joins."""
         if torch.compiler.is_compiling():
             return self._trace(compared, output, last)
         state, rerun = self._state, in_backward()
@@ -293,7 +295,9 @@ class Ledger:
         forward = Forward(weights, compared)
         if compared.output is output:
             output = ops.own_memory(output)
-        sources = [_node(w) for w in [w for w in weights if w.requires_grad][:1]]  # one tells enough
+        sources = []  # of a backward that may be for the inputs alone; one weight tells enough
+        if any(x.requires_grad for x in inputs):
+            sources = [_node(w) for w in [w for w in weights if w.requires_grad][:1]]
         output, *last = _Give.apply(self, forward.mark, sources, None, output, *last)
         node: Any = output.grad_fn
         if node is not None:
