@@ -42,7 +42,18 @@ from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import CHECKPOINT, INSPECTED, Config, Run, by_first, check_directory, claim, evaluate, of_all
+from sire_fast.lab.train import (
+    CHECKPOINT,
+    INSPECTED,
+    Config,
+    Run,
+    by_first,
+    check_directory,
+    claim,
+    evaluate,
+    of_all,
+    place,
+)
 from sire_fast.swaps import parse
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
@@ -50,6 +61,7 @@ DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=80
 _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
 _PICTURE = "demo.png"
 _CHECKED = ("float32", "bfloat16", "float16")  # dtypes
+_LARGEST = 4096  # units
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
@@ -222,8 +234,8 @@ def inspect_command(
     """Tell what random orders, the worst order and every swap do to a run's model: inspect.json and inspect.png."""
     with _bad_input():
         for name, value, least in (("length", length, 2), ("examples", examples, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            if value is not None and not least <= value < 1 << 31:
+                raise ValueError(f"{name}: expected at least {least} and below 2**31, got {value}")
         chosen = Run.load(directory, device)
         check_directory(directory)
         model, task = chosen.model.eval(), chosen.task
@@ -409,8 +421,9 @@ def check_command(
             for value in values:
                 if value not in known:
                     raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if min(sizes) < 1:
-            raise ValueError(f"H: expected at least 1, got {min(sizes)}")
+        for size in sizes:
+            if not 1 <= size <= _LARGEST:  # what lacks memory would look like a wrong kernel
+                raise ValueError(f"H: expected at least 1 and at most {_LARGEST}, got {size}")
         check_device(device)
     calls = [*itertools.product(backends.KERNELS, cells, [getattr(torch, name) for name in dtypes])]
     with _passing_progress() as progress:
@@ -609,7 +622,11 @@ def _bad_input() -> Iterator[None]:
 def _command(*words: str, **options: object) -> str:
     """A command line for a shell, with those options that have a value."""
     given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    return shlex.join(["sire-fast", *words, *given])
+    processes = place()[1]
+    program = ["sire-fast"]
+    if processes > 1:
+        program = ["torchrun", "--nproc-per-node", str(processes), "-m", "sire_fast"]
+    return shlex.join([*program, *words, *given])
 
 
 def _complain(message: object) -> None:
