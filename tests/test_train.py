@@ -269,7 +269,7 @@ def test_two_runs_do_not_share_a_directory(tmp_path, capsys):
     run.train(meanwhile)
     assert {code for code, _ in told} == {1, 2}
     assert {err for _, err in told[2:]} == {
-        f"sire-fast: {run.directory}: another process writes there; wait for it, or take another\n"
+        f"sire-fast: {run.directory}: another process writes there; wait for it, or take another directory\n"
     }
     assert {path.name for path in run.directory.iterdir()} == set(FILES)
     assert Run.load(run.directory).step == 4

@@ -204,7 +204,9 @@ def alone(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BlockingIOError(f"{directory}: another process writes there; wait for it, or take another") from None
+            raise BlockingIOError(
+                f"{directory}: another process writes there; wait for it, or take another directory"
+            ) from None
         except OSError:  # a file system that cannot lock
             pass
         yield
