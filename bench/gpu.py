@@ -556,7 +556,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         done = [*groups.values()] if checks else []
         result["checks"] = [asdict(group) for group in done]
         result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
-        write(path, lambda temporary: temporary.write_text(json.dumps(result, indent=2) + "\n"))
+        write(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
 
     save()
     if items:
@@ -579,7 +579,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         torch.cuda.empty_cache()
     try:
         figure = draw(result)  # axes stay empty where options leave their settings out
-        write(path.with_suffix(".png"), lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+        write(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=150))
     except ImportError as error:
         clock.say(f"no picture: {error}")
     return result

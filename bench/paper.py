@@ -50,4 +50,4 @@ def with_section(page: str) -> str:
 
 if __name__ == "__main__":
     text = with_section(PAGE.read_text())
-    write(PAGE, lambda temporary: temporary.write_text(text))
+    write(PAGE, lambda file: file.write(text.encode()))

@@ -379,8 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     name = file_name(result["machine"])
     text, figure = json.dumps(result, indent=2) + "\n", draw(result)
-    write(out / f"{name}.json", lambda temporary: temporary.write_text(text))
-    write(out / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    write(out / f"{name}.json", lambda file: file.write(text.encode()))
+    write(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=150))
     console.print(f"{out / name}.json and .png")
 
 

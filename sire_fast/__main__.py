@@ -13,6 +13,8 @@ def main() -> None:
             raise
         print("sire-fast: the command line needs the extra train: pip install 'sire_fast[train]'", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     code = cli.run()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # at once: torchrun terminates processes that end later than the first with an error

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from sire_fast import backends, functional
 from sire_fast.layers import _MODE_CELLS, has_own_forward
+from sire_fast.ledger import warn
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Blocks
 
@@ -140,6 +141,8 @@ def inspect(
     Raises:
         ValueError: an argument has another shape or value than expected, or the model gives no finite answers.
 
+    Sequences without an order to change, of one step or in blocks of one, are told by a warning.
+
     Modules run in evaluation mode, without gradients, and get their modes back. Torch's own random numbers are left
     alone. A layer runs on the fused operator where a kernel serves it; whatever else runs on swapped copies of x, about
     3/2 T^2 of them.
@@ -160,6 +163,9 @@ def inspect(
     inside = position < given[:, None]  # (B, T)
     ends = Blocks(1, boundaries)._edges(given)[:, 1:]
     block = (position[:, None] >= ends[:, None]).sum(-1)  # (B, T); what lies beyond the length is a block of its own
+    allowed = (block[:, 1:] == block[:, :-1]) & inside[:, 1:]  # neighbours (B, T - 1)
+    if not allowed.any():
+        warn(f"inspect: nothing to exchange in these sequences of up to {steps} steps, or in their blocks")
     with evaluating(model, through):
         searched = orders + (steps - 1) ** 2
         total = searched + steps * (steps - 1) // 2
@@ -168,7 +174,7 @@ def inspect(
         drawn = _random_orders(orders, block, inside, generator or torch.Generator().manual_seed(0))
         itself = position.new_zeros(batch, 1, 2)
         of_orders = torch.stack([changes(_reorder(sequences, order), itself)[:, 0] for order in drawn])
-        worst, worst_order = _climb(changes, sequences, of_orders, drawn, block, inside)
+        worst, worst_order = _climb(changes, sequences, of_orders, drawn, allowed)
         changes.done = searched  # it may have ended early
         heat_map = _heat_map(changes, sequences, inside)
     return Inspection(changes.answer, of_orders, worst, worst_order, heat_map)
@@ -267,15 +273,12 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     return x[order.T, torch.arange(len(order), device=x.device)]
 
 
-def _climb(
-    changes: _Changes, x: Tensor, of_orders: Tensor, drawn: Tensor, block: Tensor, inside: Tensor
-) -> tuple[Tensor, Tensor]:
+def _climb(changes: _Changes, x: Tensor, of_orders: Tensor, drawn: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """The worst change (B) and its order (B, T), from the worst of the orders drawn on, by swaps of neighbours."""
     worst, index = of_orders.max(0)
-    row = torch.arange(len(block), device=x.device)
+    row = torch.arange(len(worst), device=x.device)
     order = drawn[index, row]
     i = torch.arange(len(x) - 1, device=x.device)
-    allowed = (block[:, 1:] == block[:, :-1]) & inside[:, 1:]
     pairs = torch.where(allowed[..., None], torch.stack((i, i + 1), -1), 0)  # (B, T - 1, 2)
     for _ in range(len(x) - 1):
         found, best = torch.where(allowed, changes(_reorder(x, order), pairs), 0).max(1)

@@ -153,6 +153,10 @@ class AdaptiveSwaps(_Adaptive):
         """Number of swaps that the next call returns."""
         return self._chosen.shape[0]
 
+    def count(self, length: int) -> int:
+        """Number of different pairs that a sequence of this length allows, as the sampler counts them."""
+        return self.sampler.count(length)
+
     def __call__(
         self,
         lengths: int | Tensor,

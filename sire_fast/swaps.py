@@ -31,12 +31,18 @@ from sire_fast.reference import has_values
 
 Sampler = Callable[..., Tensor]
 
+_MOST = 1 << 31  # of a number or a position: int64 holds a product of two below it
+
 
 class _Drawn(ABC):
     """K draws with replacement from the allowed pairs of each sequence, which a subclass numbers from 0."""
 
     k: int
     _counts_numbers: ClassVar[bool] = False  # _count takes a length that is a number too: fewer operations for the same
+
+    def count(self, length: int) -> int:
+        """Number of different pairs that a sequence of this length allows; more draws than that only repeat them."""
+        return int(self._count(torch.tensor([length], device="cpu"))[0])
 
     @abstractmethod
     def _count(self, lengths: Any) -> Any:
@@ -94,7 +100,7 @@ class Uniform(_Drawn):
     _counts_numbers = True
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        _check_number("k", self.k)
 
     def _count(self, lengths: Any) -> Any:
         return _triangle(lengths)
@@ -116,9 +122,8 @@ class Window(_Drawn):
     width: int
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
-        if self.width < 1:
-            raise ValueError(f"width: expected at least 1, got {self.width}")
+        _check_number("k", self.k)
+        _check_number("width", self.width)
 
     @property
     def reach(self) -> int:
@@ -154,7 +159,7 @@ class Adjacent(_Drawn):
 
     def __post_init__(self) -> None:
         if self.k != "all":
-            _check_k(self.k)
+            _check_number("k", self.k)
 
     def __call__(
         self,
@@ -194,7 +199,7 @@ class Blocks(_Drawn):
     boundaries: Sequence[int | float]
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        _check_number("k", self.k)
         object.__setattr__(self, "boundaries", tuple(_number("boundaries", b) for b in self.boundaries))
         fractions = [b for b in self.boundaries if isinstance(b, float)]
         if fractions and (len(fractions) < len(self.boundaries) or not all(0 < b < 1 for b in fractions)):
@@ -202,9 +207,9 @@ class Blocks(_Drawn):
                 f"boundaries: expected positions (int) or fractions in (0, 1), not both, got {self.boundaries}"
             )
         if any(a >= b for a, b in zip(self.boundaries, self.boundaries[1:], strict=False)) or any(
-            b <= 0 for b in self.boundaries
+            not 0 < b < _MOST for b in self.boundaries
         ):
-            raise ValueError(f"boundaries: expected increasing and above 0, got {self.boundaries}")
+            raise ValueError(f"boundaries: expected increasing, above 0 and below 2**31, got {self.boundaries}")
 
     def _edges(self, lengths: Tensor) -> Tensor:
         """First positions of the blocks and the length, (B, blocks + 1)."""
@@ -240,13 +245,13 @@ class Pairs(_Drawn):
     pairs: Sequence[tuple[int, int]]
 
     def __post_init__(self) -> None:
-        _check_k(self.k)
+        _check_number("k", self.k)
         if not len(self.pairs):
             raise ValueError("pairs: expected at least one pair, got none")
         pairs = [tuple(_number("pairs", position) for position in pair) for pair in self.pairs]
         for pair in pairs:
-            if len(pair) != 2 or float in map(type, pair) or not 0 <= pair[0] < pair[1]:
-                raise ValueError(f"pairs: expected whole numbers (i, j) with 0 <= i < j, got {pair}")
+            if len(pair) != 2 or float in map(type, pair) or not 0 <= pair[0] < pair[1] < _MOST:
+                raise ValueError(f"pairs: expected whole numbers (i, j) with 0 <= i < j < 2**31, got {pair}")
         # sorted by j, the pairs inside a sequence are the first ones of the list
         ordered = sorted(pairs, key=lambda pair: pair[1])
         object.__setattr__(self, "pairs", tuple(ordered))
@@ -298,9 +303,9 @@ def parse(text: str) -> Sampler | None:
     raise ValueError(f"swaps: expected none, {_FORMS}, got {text!r}")
 
 
-def _check_k(k: object) -> None:
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k: expected a whole number of at least 1, got {k!r}")
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MOST:
+        raise ValueError(f"{name}: expected a whole number of at least 1 and below 2**31, got {value!r}")
 
 
 def _number(name: str, value: Any) -> int | float:

@@ -115,7 +115,7 @@ def test_torchrl_is_called_as_it_is_made(cell, monkeypatch):
 def test_who_runs_torchrl(monkeypatch):
     assert "torchrl" not in contestants(Setting())
     monkeypatch.setattr(benchmark, "find_spec", lambda name: name)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(benchmark, "check_device", lambda device: None)
     assert "torchrl" not in contestants(Setting()) + contestants(Setting("RNN", device="cuda"))
     assert {"torchrl", "torchrl stacked"} < {*contestants(Setting("LSTM", dtype="bfloat16", device="cuda"))}
     assert "torchrl" not in contestants(Setting(dtype="float16", device="cuda"))
@@ -281,6 +281,31 @@ def test_bench(capsys, tmp_path):
         assert 0 < row["seconds"]["lower"] <= row["seconds"]["median"] <= row["seconds"]["upper"]
 
 
+def test_a_device_is_tried_first(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    code, _, err = command(capsys, "bench", "--device", "cuda:99")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("sire-fast: device: 'cuda:99' cannot be used: ")
+
+
+def test_blocks_shorter_than_the_first_step_of_another_process_pass_in_silence(capfd):
+    """Which it runs in sequences of two, to load what is loaded then."""
+    size = ("--T", 6, "--B", 2, "--H", 4, "--rounds", 1)
+    assert cli.run([str(word) for word in ("bench", *size, "--swaps", "blocks:1:.5")]) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_the_result_is_written_before_it_is_shown(monkeypatch, tmp_path):
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli._console, "print", gone)
+    out = tmp_path / "result.json"
+    size = ("--T", 5, "--B", 2, "--H", 4, "--K", 2, "--rounds", 1)
+    assert cli.run([str(word) for word in ("bench", *size, "--out", out)]) == 1
+    assert json.loads(out.read_text())["rounds"] == 1
+
+
 def test_who_can_compare_at_the_end():
     assert contestants(Setting(compare="end")) == [name for name in contestants(Setting()) if name != "published"]
 
@@ -312,6 +337,10 @@ def test_defaults_of_the_swaps(capsys, monkeypatch):
         ("--swaps none", "swaps"),
         ("--swaps some", "swaps"),
         ("--swaps adjacent:all --K 3", "K:"),
+        ("--swaps pairs:1:200-201", "nothing to swap"),
+        ("--swaps window:1:99999999999999999999", "width"),
+        ("--T 5", "K: expected at most 4"),
+        ("--T 99999999999999999999", "T:"),
         ("--compare middle", "compare"),
         ("--dtype int64", "dtype"),
         ("--device quantum", "device"),
@@ -319,12 +348,15 @@ def test_defaults_of_the_swaps(capsys, monkeypatch):
         ("--rounds 0", "rounds"),
         ("--out missing/result.json", "missing"),
         ("--out .", "file"),
-        ("--H 99999999999", "size"),
+        ("--H 99999999999", "H:"),
+        ("--H 2000000000", "size"),
+        ("--out ", "empty"),
+        ("--out=", "empty"),
     ],
 )
 def test_bad_input_is_told_in_one_line(capsys, monkeypatch, tmp_path, arguments, named):
     monkeypatch.chdir(tmp_path)
-    code, out, err = command(capsys, "bench", *arguments.split())
+    code, out, err = command(capsys, "bench", *arguments.split(" "))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("sire-fast: ")
     assert named in err

@@ -287,7 +287,8 @@ def test_ctrl_c_stops_all_after_the_same_step(monkeypatch, tmp_path: Path) -> No
         processes[-1].send_signal(signal.SIGINT)
         (_, (line,)), *others = said(processes)
     step = torch.load("run/model.pt")["step"]
-    assert line == f"sire-fast: interrupted after step {step}; to go on: sire-fast train sum --resume run"
+    goes_on = f"torchrun --nproc-per-node {PROCESSES} -m sire_fast train sum --resume run"
+    assert line == f"sire-fast: interrupted after step {step}; to go on: {goes_on}"
     assert others == [("", [])] * (PROCESSES - 1)
     assert [process.returncode for process in processes] == [130] * PROCESSES
 

@@ -121,7 +121,7 @@ def test_a_forward_of_its_own_is_part_of_the_model(layer: Any) -> None:
     torch.testing.assert_close(sire_fast.inspect(layer, x).heat_map, as_function.heat_map, equal_nan=True)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("steps", [2, 7])
 def test_progress_grows_to_its_end(steps: int) -> None:
     seen: list[tuple[int, int]] = []
     layer = sire_fast.GRU(4, 6)
@@ -129,6 +129,19 @@ def test_progress_grows_to_its_end(steps: int) -> None:
     assert seen == sorted(seen)
     assert len({total for _, total in seen}) == 1
     assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [((1, B, 4), {}), ((T, B, 4), {"lengths": torch.ones(B, dtype=torch.int64)}), ((2, B, 4), {"boundaries": [0.5]})],
+    ids=["one step", "lengths of one", "blocks of one"],
+)
+def test_that_there_is_nothing_to_exchange_is_told(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    """Zeros alone would say that the model is invariant."""
+    with pytest.warns(UserWarning, match="inspect: nothing to exchange in these sequences") as told:
+        found = sire_fast.inspect(lambda x, *_: x[0], torch.randn(shape), **options)
+    assert told[0].filename == __file__
+    assert found.worst.max() == 0
 
 
 def test_an_invariant_model_does_not_move() -> None:

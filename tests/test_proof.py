@@ -348,7 +348,8 @@ def test_the_command(capsys):
     assert "not served: triton: runs on a GPU, got a tensor on cpu" in told
     for wrong, error in (
         (["--cell", "gruu"], "cell: expected one of rnn_tanh, rnn_relu, gru, lstm, got 'gruu'"),
-        (["--H", "0"], "H: expected at least 1, got 0"),
+        (["--H", "0"], "H: expected at least 1 and at most 4096, got 0"),
+        (["--H", "99999999999999999999"], "H: expected at least 1 and at most 4096"),
         (["--dtype", "int"], "dtype: expected one of"),
         (["--device", "nowhere"], "device: 'nowhere' cannot be used"),
     ):

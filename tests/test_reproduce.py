@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import sire_fast
-from sire_fast.lab import baselines, cli
+from sire_fast.lab import baselines, cli, train
 from sire_fast.lab.paper import data, experiments, problems, report, reproduce, trials
 from sire_fast.lab.paper.experiments import EXPERIMENTS
 from sire_fast.lab.paper.trials import Trial
@@ -432,6 +432,8 @@ def test_points_from_hdf5(tmp_path, layout):
         ("lp-mnist-pixels", "mnist.tgz", b"no archive"),
         ("table1", "modelnet.npz", b"PK\3\4 broken"),
         ("table1", "clouds.h5", b"no HDF5"),
+        ("lp-mnist-rows", "train-images-idx3-ubyte.gz", gzip.compress(b"\0")),
+        ("lp-mnist-rows", "train-images-idx3-ubyte.gz", gzip.compress(bytes(100))[:9] + bytes(20)),
     ],
 )
 def test_a_damaged_file_is_told_in_a_line(tmp_path, capsys, experiment, name, content):
@@ -440,6 +442,29 @@ def test_a_damaged_file_is_told_in_a_line(tmp_path, capsys, experiment, name, co
     error = capsys.readouterr().err
     assert f"{name}: cannot be read" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"x": np.ones((6, 30))}, {"y": np.arange(5) % 2}, {"test": np.zeros(6)}, {"test": np.ones(6)}],
+    ids=["flat", "a class too few", "no test", "only a test"],
+)
+def test_arrays_that_do_not_fit_are_told_in_a_line(tmp_path, capsys, changes):
+    arrays = {"x": np.ones((6, 10, 3)), "y": np.arange(6) % 2, "test": np.arange(6) > 3}
+    np.savez(tmp_path / "modelnet.npz", **arrays | changes)
+    assert cli.run(["reproduce", "table1", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "modelnet.npz: cannot be read: " in error
+    assert error.count("\n") == 1
+
+
+def test_two_processes_do_not_run_one_experiment_into_one_directory(tmp_path, capsys):
+    (tmp_path / "figure1").mkdir()
+    with train.alone(tmp_path / "figure1"):
+        code = cli.run(["reproduce", "figure1", "--out", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (1, 1)
+    assert "figure1: another process writes there" in error
 
 
 # A kind that is made as another is, or labels of other clouds, could not be learned.

@@ -154,11 +154,16 @@ def test_parse_refuses_in_one_line(text: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Uniform(0), "k: expected a whole number of at least 1, got 0"),
+        (lambda: Uniform(0), "k: expected a whole number of at least 1 and below 2\\*\\*31, got 0"),
+        (lambda: Uniform(1 << 31), "k: "),
         (lambda: Uniform(True), "k: "),
         (lambda: Uniform(1.5), "k: "),
         (lambda: Adjacent("some"), "k: "),
         (lambda: Window(1, 0), "width: "),
+        (lambda: Window(1, 2.5), "width: "),  # whose pairs would be others
+        (lambda: Window(1, 10**12), "width: "),
+        (lambda: Blocks(1, [10**20]), "boundaries: "),
+        (lambda: Pairs(1, [(0, 10**20)]), "pairs: "),
         (lambda: Blocks(1, [0.5, 3]), "boundaries: "),
         (lambda: Blocks(1, [3, 2]), "boundaries: "),
         (lambda: Blocks(1, [1.5]), "boundaries: "),

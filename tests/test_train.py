@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -12,7 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -220,14 +223,72 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path):
     path = tmp_path / "file"
     path.write_text("before")
 
-    def fails(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise OSError
+    def fails(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise KeyboardInterrupt
 
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(KeyboardInterrupt):
         benchmark.write(path, fails)
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_full_disk_is_told_and_leaves_a_run_that_goes_on(tmp_path, monkeypatch, name):
+    """torch.save into a file tells of positions in it; half a line of the history would make it unreadable."""
+    written = Path.write_bytes
+
+    def fills_up(self, content):
+        if run.step >= 75 and name in self.name:
+            written(self, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written(self, content)
+
+    run, expected = start(tmp_path / "run"), start(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fills_up)
+        with pytest.raises(OSError, match=rf"No space left on device: '.*{name}'"):
+            run.train()
+    assert not [*(tmp_path / "run").glob(".*")]
+    torch.manual_seed(1)
+    Run.load(tmp_path / "run").train()
+    expected.__init__(expected.config, tmp_path / "whole")  # the seed is of the process
+    expected.train()
+    assert without_seconds(tmp_path / "run/history.jsonl") == without_seconds(tmp_path / "whole/history.jsonl")
+
+
+@pytest.mark.skipif(train.fcntl is None, reason="no locks of directories")
+def test_two_runs_do_not_share_a_directory(tmp_path, capsys):
+    run = start(tmp_path / "run", steps=4)
+    told = []
+
+    def meanwhile(*_):
+        arguments = ["--out", str(run.directory), "--force"], ["--resume", str(run.directory)]
+        told.extend((cli.run(["train", "sum", *more]), capsys.readouterr().err) for more in arguments)
+
+    run.train(meanwhile)
+    assert {code for code, _ in told} == {1, 2}
+    assert {err for _, err in told[2:]} == {
+        f"sire-fast: {run.directory}: another process writes there; wait for it, or take another directory\n"
+    }
+    assert {path.name for path in run.directory.iterdir()} == set(FILES)
+    assert Run.load(run.directory).step == 4
+
+
+@pytest.mark.parametrize("settings", [{"lr": np.float64(1e-3)}, {"weight": np.float64(1)}, {"lr": 1, "weight": 2}])
+def test_numbers_of_numpy_do_not_spoil_a_checkpoint(tmp_path, settings):
+    run = start(tmp_path / "run", steps=1, **settings)
+    run.train()
+    assert Run.load(tmp_path / "run").config == run.config
+    assert all(type(getattr(run.config, name)) is float for name in ("lr", "weight"))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"hidden": "8"}, {"steps": 2.5}, {"seed": np.int64(3)}, {"batch": True}, {"task": ["sum"]}]
+)
+def test_settings_of_another_type_are_refused(settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))}: expected (int|str), got"):
+        Config(**{"task": "sum", **settings})
 
 
 def command(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -245,11 +306,20 @@ def command(capsys, *arguments: object) -> tuple[int, str, str]:
         ("train sum --swaps uniform", "swaps"),
         ("train sum --swaps uniform:0", "swaps"),
         ("train sum --swaps adaptive:adjacent:all", "swaps"),
+        ("train sum --swaps uniform:46", "swaps: K: expected at most 45"),  # of which only the time is noticed
+        ("train sum --swaps pairs:1:10-11", "nothing to swap"),
+        ("train sum --swaps window:1:99999999999999999999", "width"),
+        ("train sum --swaps none --weight 5", "weight"),
+        ("train sum --compare swap --swaps none", "compare"),
+        ("train sum --swaps ", "empty"),
+        ("train sum --out=", "empty"),
+        ("train sum --batch 99999999999999999999", "batch"),
+        ("train sum --examples 99999999999999999999", "examples"),
         ("train sum --compare middle", "compare"),
         ("train sum --weight nan", "weight"),
         ("train sum --weight -1", "weight"),
         ("train sum --hidden 0", "hidden"),
-        ("train sum --hidden 9999999999999", "memory"),
+        ("train sum --hidden 2000000000", "memory"),
         ("train sum --hidden many", "--hidden"),
         ("train sum --batch -3", "batch"),
         ("train sum --steps 0", "steps"),
@@ -267,18 +337,21 @@ def command(capsys, *arguments: object) -> tuple[int, str, str]:
         ("eval", "DIRECTORY"),
         ("eval missing", "missing"),
         ("eval damaged", "damaged"),
-        ("eval foreign", "foreign"),
+        ("eval foreign", "foreign: holds no run that can be used here: model.pt is damaged, or of another"),
+        ("eval pickle", "pickle: holds no run that can be used here: model.pt is damaged, or of another"),
+        ("eval foreign --device cuda:99", "sire-fast: device: 'cuda:99' cannot be used"),
         ("tidy", "tidy"),
     ],
 )
 def test_bad_input_is_told_in_one_line(capsys, tmp_path, arguments, named):
     Path("file").touch()
-    for name in ("damaged", "foreign"):
+    for name in ("damaged", "foreign", "pickle"):
         Path(name).mkdir()
     Path("damaged/model.pt").write_bytes(b"not a checkpoint")
     torch.save({"weights": torch.zeros(2)}, "foreign/model.pt")
+    torch.save(nn.Linear(2, 2), "pickle/model.pt")
     before = {*tmp_path.rglob("*")}
-    code, out, err = command(capsys, *arguments.split())
+    code, out, err = command(capsys, *arguments.split(" "))
     assert code == 2
     assert out == ""
     assert err.startswith("sire-fast: ")
@@ -355,6 +428,74 @@ def test_a_file_in_the_place_of_a_directory_is_told_first(capsys, words, inside)
     code, _, err = command(capsys, *words, "--out", Path("file", inside))
     assert (code, err.count("\n")) == (2, 1)
     assert "file: expected a directory, found a file" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["train sum --out", "demo --out", "reproduce figure1 --out", "bench --T 9 --out", "inspect"],
+    ids=lambda words: words.split()[0],
+)
+def test_a_directory_that_cannot_be_written_to_is_told_first(capsys, monkeypatch, words):
+    start(Path("run"), steps=1).train()
+    monkeypatch.setattr(os, "access", lambda path, mode: not (Path(path).name == "run" and mode == os.W_OK))
+    code, out, err = command(capsys, *words.split(), "run/new.json" if "bench" in words else "run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "run: expected a directory that can be written to" in err
+
+
+def test_names_are_shown_as_they_are(capsys):
+    """Not as markup, and not in parts."""
+    names = ["[/red]", "[red]", ":smile:", "long" * 40]
+    for name in names:
+        code, out, _ = command(capsys, "train", "sum", *TINY, "--out", name)
+        assert code == 0
+        assert out.endswith(f", in {name}\n")
+        assert f"numbers: {name}/inspect.json, picture: {name}/inspect.png\n" in command(capsys, "inspect", name)[1]
+
+
+def test_pictures_are_written_before_anything_is_shown(monkeypatch):
+    monkeypatch.setattr(cli, "DEMO", replace(cli.DEMO, steps=4, hidden=4))
+    start(Path("run"), steps=1).train()
+
+    def gone(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli._console, "print", gone)
+    assert (cli.run(["inspect", "run"]), cli.run(["demo"])) == (1, 1)
+    assert Path("run/inspect.png").exists()
+    assert Path("run/inspect.json").exists()
+    assert Path("runs/demo/demo.png").exists()
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(capsys):
+    code, _, err = command(capsys, "train", "sum", *TINY, "--swaps", "pairs:1:0-9")
+    assert code == 0
+    assert err.startswith("sire-fast: warning: GRU(100, 4, ")
+    assert err.count("\n") == 1
+
+
+def test_version_and_short_help(capsys):
+    assert command(capsys, "--version") == (0, f"sire-fast {sire_fast.__version__}\n", "")
+    assert command(capsys, "-h") == command(capsys, "--help") == command(capsys)
+    assert "--hidden" in command(capsys, "train", "-h")[1]
+
+
+def test_what_is_told_of_a_run_without_a_checkpoint_works(capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "advance", interrupted)
+        code, _, err = command(capsys, "train", "sum", *TINY)
+    assert (code, err) == (
+        130,
+        "sire-fast: interrupted after step 0; there is no checkpoint yet: the same command starts again\n",
+    )
+    assert command(capsys, "train", "sum", *TINY)[0] == 0
+    Path("runs/sum/model.pt").unlink()
+    _, _, err = command(capsys, "train", "sum", *TINY)
+    assert err == "sire-fast: runs/sum: holds a run already; --force replaces it\n"
 
 
 def test_doctor(capsys):

@@ -13,6 +13,7 @@ machine disturbs all of them, and `ratio` compares them round by round.
 from __future__ import annotations
 
 import functools
+import io
 import multiprocessing
 import os
 import platform
@@ -28,7 +29,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -88,19 +89,36 @@ class Setting:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name, least in (("T", 2), ("B", 1), ("H", 1), ("I", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            if not least <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name}: expected at least {least} and below 2**31, got {getattr(self, name)}")
         if swaps.parse(self.swaps) is None:
             raise ValueError(f"swaps: expected a sampler, got {self.swaps!r}")
-        kind = self.device.split(":")[0]
-        if kind not in ("cpu", "cuda"):
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: {self.device!r} cannot be used: torch sees no GPU")
+        check_device(self.device)
 
     def __str__(self) -> str:
         swaps = f"{self.swaps} compared at the {self.compare}"
         return f"{self.cell}, T={self.T} B={self.B} I={self.I} H={self.H}, {swaps}, {self.dtype}"
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError unless torch can compute there."""
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
+
+
+def check_swaps(sampler: Any, steps: int) -> None:
+    """Raise a ValueError where sequences of so many steps have nothing to swap, or fewer pairs than are drawn."""
+    pairs = sampler.count(steps)
+    if not pairs:
+        raise ValueError(f"swaps: {sampler}: there is nothing to swap in sequences of {steps} steps")
+    if sampler.k != "all" and sampler.k > pairs:
+        expected = f"expected at most {pairs}, the number of pairs in sequences of {steps} steps"
+        raise ValueError(f"swaps: K: {expected}, got {sampler.k}: more only repeat them")
 
 
 class Contestant(NamedTuple):
@@ -535,6 +553,7 @@ def peak_memory(setting: Setting, name: str) -> int | None:
 
 def _peak_growth(setting: Setting, name: str, threads: int) -> int | None:
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")  # the process that asks has been told
     Step(replace(setting, T=2, B=2), name)()  # loads what is loaded at the first use
     step = Step(setting, name)
     if step.x.is_cuda:
@@ -574,12 +593,20 @@ def versions() -> dict[str, str]:
     return {"sire_fast": sire_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def write(path: Path, writer: Callable[[Path], object]) -> None:
-    """Make a file appear whole or not at all: `writer` fills one beside it, which then takes its place."""
+def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
+    """Make a file appear whole or not at all: what `writer` gives goes beside it, and then takes its place.
+
+    Raises:
+        OSError: it cannot be written; the file is named.
+    """
+    content = io.BytesIO()  # torch.save into a file on a full disk says nothing of the disk
+    writer(content)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        writer(temporary)
+        temporary.write_bytes(content.getvalue())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,7 @@
 """The command line: train, eval, inspect, bench, reproduce, doctor, check, demo.
 
+Files are written before anything is shown: who reads the output may have gone.
+
 Bad input ends with a line on stderr and exit code 2; --debug before the command shows where an error came from.
 """
 
@@ -12,6 +14,7 @@ import platform
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, Field, asdict, fields, replace
@@ -34,18 +37,31 @@ from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, write
+from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, check_device, write
 from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
 from sire_fast.lab.tasks import TASKS
-from sire_fast.lab.train import INSPECTED, Config, Run, by_first, check_device, claim, evaluate, of_all
+from sire_fast.lab.train import (
+    CHECKPOINT,
+    INSPECTED,
+    Config,
+    Run,
+    by_first,
+    check_directory,
+    claim,
+    evaluate,
+    of_all,
+    place,
+)
+from sire_fast.swaps import parse
 
 # Parity is learned from so few sequences only by a network that knows that order does not matter.
 DEMO = Config("parity", cell="gru", hidden=64, weight=0.1, examples=40, steps=8000)
 _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)}
 _PICTURE = "demo.png"
 _CHECKED = ("float32", "bfloat16", "float16")  # dtypes
+_LARGEST = 4096  # units
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
@@ -57,6 +73,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -71,7 +88,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
             _join_group()
             if arguments[:1] != ["train"]:
                 raise _UsageError(f"torchrun: expected the command train, got {' '.join(arguments[:1]) or 'none'}")
-        with _traceback() if debug else nullcontext():
+        if empty := [word for word in arguments if not word or (word.startswith("--") and word.endswith("="))]:
+            raise _UsageError(f"expected no empty argument, got {empty[0]!r}")  # a path "" would be this directory
+        with _traceback() if debug else nullcontext(), warnings.catch_warnings():
+            warnings.showwarning = _warn
             code = app(arguments or ["--help"], prog_name="sire-fast", standalone_mode=False) or 0
     except _UsageError as error:
         _complain(error.format_message())
@@ -96,6 +116,26 @@ def _traceback() -> Iterator[None]:
     except Exception:
         traceback.print_exc()
         raise
+
+
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In one line, in place of Python's own two with a path and a line of source."""
+    print(_line(f"warning: {str(message).removeprefix('sire_fast: ')}"), file=sys.stderr)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"sire-fast {sire_fast.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_tell_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def _join_group() -> None:
@@ -149,6 +189,7 @@ def train_command(
             chosen = Run.load(resume)
             _check_resume(context, chosen, task)
         else:
+            _check_swaps_given(context, settings["swaps"])
             chosen = Run(Config(**settings), out or Path("runs", task))
     with _bad_input():
         if log:
@@ -159,10 +200,13 @@ def train_command(
         with _progress() as progress:
             result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)
     except KeyboardInterrupt:
-        _complain(f"interrupted after step {chosen.step}; to go on: {_command('train', task, resume=chosen.directory)}")
+        goes_on = f"to go on: {_command('train', task, resume=chosen.directory)}"
+        if not (chosen.directory / CHECKPOINT).exists():
+            goes_on = "there is no checkpoint yet: the same command starts again"
+        _complain(f"interrupted after step {chosen.step}; {goes_on}")
         raise typer.Exit(130) from None
     _show_result(result)
-    _console.print(f"{result['seconds']:.1f} s of training on backend {result['backend']}, in {chosen.directory}")
+    _tell(f"{result['seconds']:.1f} s of training on backend {result['backend']}, in {chosen.directory}")
 
 
 @app.command("eval")
@@ -174,7 +218,7 @@ def eval_command(
     with _bad_input():
         chosen = Run.load(directory, device)
     config = chosen.config
-    _console.print(f"{config.task}, {config.cell}, step {chosen.step} of {config.steps}")
+    _tell(f"{config.task}, {config.cell}, step {chosen.step} of {config.steps}")
     _show_result(evaluate(chosen.model, chosen.task))
 
 
@@ -190,14 +234,15 @@ def inspect_command(
     """Tell what random orders, the worst order and every swap do to a run's model: inspect.json and inspect.png."""
     with _bad_input():
         for name, value, least in (("length", length, 2), ("examples", examples, 1)):
-            if value is not None and value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+            if value is not None and not least <= value < 1 << 31:
+                raise ValueError(f"{name}: expected at least {least} and below 2**31, got {value}")
         chosen = Run.load(directory, device)
+        check_directory(directory)
         model, task = chosen.model.eval(), chosen.task
         length = length or task.train_lengths[-1]
         x, _ = task.sample(length, examples, torch.Generator().manual_seed(_INSPECT_SEED))
         features = model.features[x.to(model.features.device)]
-    with Progress(console=_console, transient=True) as progress:
+    with _passing_progress() as progress:
         bar = progress.add_task("orders and swaps", total=None)
         found = inspect(
             model.layer,
@@ -208,7 +253,6 @@ def inspect_command(
         )
     config = chosen.config
     title = f"{config.task}, {config.cell}, {examples} sequences of length {length}"
-    _show_inspection(found, title)
     result = {
         "task": config.task,
         "config": asdict(config),
@@ -226,9 +270,10 @@ def inspect_command(
     figure.suptitle(title)
     text = json.dumps(result) + "\n"
     numbers, picture = (directory / name for name in INSPECTED)
-    write(numbers, lambda temporary: temporary.write_text(text))
-    write(picture, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-    _console.print(f"numbers: {numbers}, picture: {picture}")
+    write(numbers, lambda file: file.write(text.encode()))
+    write(picture, lambda file: figure.savefig(file, format="png", dpi=150))
+    _show_inspection(found, title)
+    _tell(f"numbers: {numbers}, picture: {picture}")
 
 
 @app.command()
@@ -261,15 +306,19 @@ def bench(
             raise ValueError(f"K: expected none beside --swaps {swaps}, got {k}")
         size = {"T": steps, "B": batch, "I": hidden if features is None else features, "H": hidden}
         setting = Setting(cell.upper(), **size, swaps=swaps, compare=compare, dtype=dtype, device=device)
+        benchmark.check_swaps(parse(swaps), steps)
         if out:
             _check_file(out)
         contest = {name: benchmark.Step(setting, name) for name in benchmark.contestants(setting)}
-    with Progress(console=_console, transient=True) as progress:
+    with _passing_progress() as progress:
         bar = progress.add_task("time", total=benchmark.WARM_UP + rounds)
         seconds = benchmark.measure(contest, rounds, lambda: progress.advance(bar))
         names = progress.track(contest, description="memory")
         peaks = {name: benchmark.peak_memory(setting, name) for name in names}
     result = benchmark.summary(setting, seconds, peaks)
+    if out:
+        text = json.dumps(result, indent=2) + "\n"
+        write(out, lambda file: file.write(text.encode()))
 
     machine = result["machine"]
     caption = f"{machine['device']}, threads: {machine['threads']}, rounds: {rounds}"
@@ -286,9 +335,6 @@ def bench(
             "-" if peak is None else f"{peak / 1e6:.1f}",
         )
     _console.print(table)
-    if out:
-        text = json.dumps(result, indent=2) + "\n"
-        write(out, lambda temporary: temporary.write_text(text))
 
 
 @app.command("reproduce")
@@ -323,7 +369,7 @@ def reproduce_command(
         raise typer.Exit(130) from None
     for title, rows in tables:
         _console.print(rich_table(title, rows))
-    _console.print(f"tables: {out / name}.md, picture: {out / name}.png, numbers: {out / name}.json")
+    _tell(f"tables: {out / name}.md, picture: {out / name}.png, numbers: {out / name}.json")
 
 
 @app.command()
@@ -375,11 +421,12 @@ def check_command(
             for value in values:
                 if value not in known:
                     raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-        if min(sizes) < 1:
-            raise ValueError(f"H: expected at least 1, got {min(sizes)}")
+        for size in sizes:
+            if not 1 <= size <= _LARGEST:  # what lacks memory would look like a wrong kernel
+                raise ValueError(f"H: expected at least 1 and at most {_LARGEST}, got {size}")
         check_device(device)
     calls = [*itertools.product(backends.KERNELS, cells, [getattr(torch, name) for name in dtypes])]
-    with Progress(console=_console, transient=True) as progress:
+    with _passing_progress() as progress:
         tracked = progress.track(calls, description="check")
         report = proof.Report([proof.check_kernel(*call, device, sizes) for call in tracked], proof.environment(device))
     print(report)  # for a bug report: on a console it would be wrapped
@@ -407,6 +454,8 @@ def demo(
             for name, (title, swaps) in _METHODS.items():
                 chosen = Run(replace(DEMO, swaps=swaps), out / name)
                 results[title] = _follow(chosen, title, progress)
+            figure = _demo_figure(results)
+            write(out / _PICTURE, lambda file: figure.savefig(file, format="png", dpi=150))
     except KeyboardInterrupt:
         _complain(f"interrupted; to start again: {again}")
         raise typer.Exit(130) from None
@@ -427,9 +476,7 @@ def demo(
             f"{result['seconds']:.1f}",
         )
     _console.print(table)
-    figure = _demo_figure(results)
-    write(out / _PICTURE, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
-    _console.print(f"picture: {out / _PICTURE}")
+    _tell(f"picture: {out / _PICTURE}")
 
 
 def _demo_figure(results: dict[str, dict[str, Any]]) -> Figure:
@@ -468,7 +515,12 @@ class _Speed(ProgressColumn):
         return f"{task.finished_speed or task.speed or 0:.0f} steps/s"
 
 
-_console = Console()
+_console = Console(markup=False, emoji=False)  # [x] and :x: may stand in the name of a directory
+
+
+def _tell(line: str) -> None:
+    """Show a line, whole: one that is wrapped breaks the paths in it."""
+    _console.print(line, soft_wrap=True)
 
 
 def _progress() -> Progress:
@@ -482,6 +534,11 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=_console,
     )
+
+
+def _passing_progress() -> Progress:
+    """Gone in the end; in a file it would leave an empty line."""
+    return Progress(console=_console, transient=True, disable=not _console.is_terminal)
 
 
 def _follow(chosen: Run, title: str, progress: Progress) -> dict[str, Any]:
@@ -503,7 +560,7 @@ def _show_result(result: dict[str, Any]) -> None:
         table.add_row(length, *(f"{value:.4g}" for value in row.values()))
     _console.print(table)
     sensitivity = result["order_sensitivity"]
-    _console.print(f"order sensitivity: mean {sensitivity['mean']:.4g}, max {sensitivity['max']:.4g}")
+    _tell(f"order sensitivity: mean {sensitivity['mean']:.4g}, max {sensitivity['max']:.4g}")
 
 
 def _show_inspection(found: Inspection, title: str) -> None:
@@ -535,10 +592,18 @@ def _check_resume(context: typer.Context, chosen: Run, task: str) -> None:
         raise ValueError(f"torchrun: {expected}, got {chosen.processes}")
 
 
+def _check_swaps_given(context: typer.Context, swaps: str | None) -> None:
+    for name in ("weight", "compare") if swaps == "none" else ():
+        source = context.get_parameter_source(name)
+        if source and source.name == "COMMANDLINE":
+            raise ValueError(f"{name}: expected none beside --swaps none, which has no penalty")
+
+
 def _check_file(path: Path) -> None:
     """Raise a ValueError unless a file can be written there, before there is something to write."""
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: expected a file in a directory that exists")
+    check_directory(path.absolute().parent)
 
 
 @contextmanager
@@ -557,7 +622,11 @@ def _bad_input() -> Iterator[None]:
 def _command(*words: str, **options: object) -> str:
     """A command line for a shell, with those options that have a value."""
     given = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    return shlex.join(["sire-fast", *words, *given])
+    processes = place()[1]
+    program = ["sire-fast"]
+    if processes > 1:
+        program = ["torchrun", "--nproc-per-node", str(processes), "-m", "sire_fast"]
+    return shlex.join([*program, *words, *given])
 
 
 def _complain(message: object) -> None:

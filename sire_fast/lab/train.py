@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import torch
 from matplotlib.figure import Figure
@@ -35,11 +36,16 @@ from torch import Tensor, distributed, nn
 import sire_fast
 from sire_fast import schedules
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import write
+from sire_fast.lab.benchmark import check_device, check_swaps, write
 from sire_fast.lab.tasks import TASKS, Task
 from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 LAYERS = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 FILES = CHECKPOINT, HISTORY, RESULT, CURVES = "model.pt", "history.jsonl", "result.json", "curves.png"
@@ -84,41 +90,40 @@ class Config:
     device: Annotated[str, "As torch names it."] = "cpu"
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is float and isinstance(value, (int, float)):
+                object.__setattr__(self, name, float(value))  # NumPy's could not be read from a checkpoint
+            elif not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected {getattr(kind, '__name__', kind)}, got {value!r}")
         for name, known in (("task", TASKS), ("cell", LAYERS), ("compare", COMPARES)):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name in ("hidden", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 1 << 31:
+                raise ValueError(f"{name}: expected at least 1 and below 2**31, got {getattr(self, name)}")
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight: expected a number of at least 0, got {self.weight}")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: expected a number above 0, got {self.lr}")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed: expected at least 0 and below 2**63, got {self.seed}")
-        lengths = len(TASKS[self.task].train_lengths)
-        if self.examples and self.examples < lengths:
-            raise ValueError(
-                f"examples: expected 0, or at least one for each of {lengths} lengths, got {self.examples}"
-            )
+        task = TASKS[self.task]
+        lengths = len(task.train_lengths)
+        if self.examples and not lengths <= self.examples < 1 << 31:
+            expected = f"expected 0, or at least one for each of {lengths} lengths and below 2**31"
+            raise ValueError(f"examples: {expected}, got {self.examples}")
         if self.swaps is None:
-            object.__setattr__(self, "swaps", TASKS[self.task].swaps)
-        self.sampler()
+            object.__setattr__(self, "swaps", task.swaps)
+        if sampler := self.sampler():
+            check_swaps(sampler, task.train_lengths[-1])
         check_device(self.device)
 
     def sampler(self) -> Sampler | None:
         """Of the swaps, None for none."""
-        return schedules.parse(self.swaps or "none")
-
-
-def check_device(device: str) -> None:
-    """Raise a ValueError unless torch can compute there."""
-    try:
-        torch.zeros((), device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: {device!r} cannot be used: {reason}") from None
+        assert self.swaps is not None  # which stands for the task's own until the settings are checked
+        return schedules.parse(self.swaps)
 
 
 class Model(nn.Module):
@@ -176,26 +181,55 @@ def by_first(action: Callable[[], Result]) -> Result:
 
 
 def check_directory(path: Path) -> None:
-    """Raise a ValueError where a file stands in its way."""
+    """Raise a ValueError where a file stands in its way, or nothing can be written."""
     there = next(p for p in (path, *path.parents) if p.exists())
     if not there.is_dir():
         raise ValueError(f"{there}: expected a directory, found a file")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there}: expected a directory that can be written to")
+
+
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a directory: two that write the same files spoil them for each other.
+
+    Raises:
+        BlockingIOError: another one is there.
+    """
+    if fcntl is None:  # Windows
+        yield
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"{directory}: another process writes there; wait for it, or take another directory"
+            ) from None
+        except OSError:  # a file system that cannot lock
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def claim(directory: Path, force: bool = False) -> None:
     """Make a directory, and nobody else's run in it, ready for a new run.
 
     Raises:
-        ValueError: it is a file, or holds a run, which `force` would delete.
-        OSError: it cannot be made.
+        ValueError: it is a file, cannot be written to, or holds a run, which `force` would delete.
+        OSError: it cannot be made, or another process trains there.
     """
     check_directory(directory)
     held = [name for name in FILES if (directory / name).exists()]
     if held and not force:
-        raise ValueError(f"{directory}: holds a run already; --resume goes on with it, --force replaces it")
+        goes_on = "--resume goes on with it, " if (directory / CHECKPOINT).exists() else ""
+        raise ValueError(f"{directory}: holds a run already; {goes_on}--force replaces it")
     directory.mkdir(parents=True, exist_ok=True)
-    for name in (*FILES, *INSPECTED) if held else ():
-        (directory / name).unlink(missing_ok=True)
+    with alone(directory):
+        for name in (*FILES, *INSPECTED) if held else ():
+            (directory / name).unlink(missing_ok=True)
 
 
 class Run:
@@ -266,7 +300,7 @@ class Run:
         return values[0], values[1]
 
     def _refuse(self, what: str, value: float) -> NoReturn:
-        raise FloatingPointError(f"the {what} is {value} after step {self.step}; a smaller lr may help")
+        raise FloatingPointError(f"the {what} is {value} after step {self.step}; a smaller lr or weight may help")
 
     def _share_gradients(self) -> None:
         """Make each gradient its mean over all processes."""
@@ -307,8 +341,8 @@ class Run:
             "seconds": self.seconds,
         }
         self.history.append(line)
-        with (self.directory / HISTORY).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        lines = "".join(json.dumps(line) + "\n" for line in self.history)
+        write(self.directory / HISTORY, lambda file: file.write(lines.encode()))  # no half line on a full disk
         if self.board:
             for name in ("loss", "penalty", self.task.metric):
                 self.board.add_scalar(name, line[name], self.step)
@@ -341,7 +375,7 @@ class Run:
             "data": self.data.get_state(),
             "random": of_all(random),
         }
-        by_first(lambda: write(self.directory / CHECKPOINT, lambda temporary: torch.save(state, temporary)))
+        by_first(lambda: write(self.directory / CHECKPOINT, lambda file: torch.save(state, file)))
 
     @classmethod
     def load(cls, directory: Path, device: str | None = None) -> Run:
@@ -356,6 +390,8 @@ class Run:
         path = directory / CHECKPOINT
         if not path.is_file():
             raise ValueError(f"{directory}: expected a run with its checkpoint {CHECKPOINT}, found none")
+        if device is not None:
+            check_device(device)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             moved = {} if device is None else {"device": device}
@@ -375,9 +411,13 @@ class Run:
             if (directory / HISTORY).exists():
                 lines = map(json.loads, (directory / HISTORY).read_text().splitlines())
                 run.history = [line for line in lines if line["step"] <= run.step]
-        except Exception as error:  # a damaged file can fail in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{directory}: holds no run that can be read: {reason}") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{directory / HISTORY}: is damaged: {error}") from error
+        except Exception as error:  # a damaged file can fail in any way, and most speak of their own insides
+            reason = f"{CHECKPOINT} is damaged, or of another version or program ({type(error).__name__})"
+            if isinstance(error, (OSError, ValueError)):
+                reason = str(error).splitlines()[0]
+            raise ValueError(f"{directory}: holds no run that can be used here: {reason}") from error
         return run
 
     def train(self, report: Report | None = None) -> dict[str, Any]:
@@ -392,10 +432,13 @@ class Run:
         Raises:
             KeyboardInterrupt: Ctrl-C; a checkpoint of the last step has been written.
             FloatingPointError: the loss or its gradient is no longer finite; the last checkpoint stays.
+            OSError: the directory is not there, a file cannot be written, or another process trains there.
         """
-        # after an interruption the file may hold lines from beyond the checkpoint
-        lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        by_first(lambda: write(self.directory / HISTORY, lambda temporary: temporary.write_text(lines)))
+        with ExitStack() as held:
+            by_first(lambda: held.enter_context(alone(self.directory)))
+            return self._train(report)
+
+    def _train(self, report: Report | None) -> dict[str, Any]:
         every = math.ceil(self.config.steps / RECORDS)
         with _interrupts_held() as interrupted, too_short_to_swap():
             while self.step < self.config.steps:
@@ -425,9 +468,9 @@ class Run:
             "versions": benchmark.versions(),
         }
         curves = _curves(self)
-        write(self.directory / CURVES, lambda temporary: curves.savefig(temporary, format="png", dpi=120))
+        write(self.directory / CURVES, lambda file: curves.savefig(file, format="png", dpi=120))
         text = json.dumps(result, indent=2) + "\n"
-        write(self.directory / RESULT, lambda temporary: temporary.write_text(text))
+        write(self.directory / RESULT, lambda file: file.write(text.encode()))
         return result
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import tarfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -58,6 +57,7 @@ def images(path: Path | None = None) -> Split:
             parts = _npz(found[0], "x_train", "y_train", "x_test", "y_test")
         else:
             parts = _idx_files(found)
+        _check(parts)
     x, y, test_x, test_y = (torch.from_numpy(part) for part in parts)
     return Split(x.float() / 255, y.long(), test_x.float() / 255, test_y.long(), 10, f"MNIST, {len(x)} + {len(test_x)}")
 
@@ -123,6 +123,7 @@ def points(path: Path | None = None, shapes: int = 400) -> Split:
             parts = [x[~test], y[~test], x[test], y[test]]
         else:
             parts = _hdf5(files)
+        _check(parts)
     train_x, train_y, test_x, test_y = (torch.from_numpy(part) for part in parts)
     train_y, test_y = train_y.long().flatten(), test_y.long().flatten()
     classes = int(train_y.max()) + 1
@@ -160,8 +161,14 @@ def _readable(path: Path) -> Iterator[None]:
     """Make whatever is wrong with a file a ValueError that names it."""
     try:
         yield
-    except (EOFError, KeyError, OSError, ValueError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can fail in any way
         raise ValueError(f"{path}: cannot be read: {error}") from error
+
+
+def _check(parts: list[np.ndarray]) -> None:
+    for x, y in (parts[:2], parts[2:]):
+        if x.ndim != 3 or not len(x) or len(x) != y.size:
+            raise ValueError(f"expected three dimensions and a class for each example, got {x.shape} and {y.shape}")
 
 
 def _standard(x: Tensor) -> Tensor:

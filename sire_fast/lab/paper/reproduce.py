@@ -15,7 +15,7 @@ from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import data, experiments, report
 from sire_fast.lab.paper.experiments import EXPERIMENTS, Case
 from sire_fast.lab.paper.trials import Trial, best, run_all
-from sire_fast.lab.train import check_directory
+from sire_fast.lab.train import alone, check_directory
 
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")
@@ -75,6 +75,9 @@ def reproduce(
 
     Returns:
         What the JSON holds, and the tables.
+
+    Raises:
+        OSError: a file cannot be written, or another process runs this experiment there.
     """
     if name == "cost":
         found = experiments.cost(preset, finished)
@@ -83,14 +86,17 @@ def reproduce(
         commits = [machine["commit"]]
     else:
         choices = [each for row in rows for each in zip(row.choices, row.case.choosing(), strict=True)]
-        run_all(choices, workers, finished)
-        chosen = [_chosen(row) for row in rows]
-        trials = [
-            (path, replace(trial, seed=seed))
-            for row, trial in zip(rows, chosen, strict=True)
-            for seed, path in enumerate(row.results)
-        ]
-        run_all(sorted(trials, key=lambda each: each[1].seed), workers, finished)  # all rows of a seed, then the next
+        (out / name).mkdir(parents=True, exist_ok=True)
+        with alone(out / name):
+            run_all(choices, workers, finished)
+            chosen = [_chosen(row) for row in rows]
+            trials = [
+                (path, replace(trial, seed=seed))
+                for row, trial in zip(rows, chosen, strict=True)
+                for seed, path in enumerate(row.results)
+            ]
+            # all rows of a seed, then the next
+            run_all(sorted(trials, key=lambda each: each[1].seed), workers, finished)
         experiment = EXPERIMENTS[name]
         results = [[json.loads(path.read_text()) for path in row.results] for row in rows]
         found = report.summary(name, experiment, [row.case for row in rows], results)
@@ -115,6 +121,6 @@ def _chosen(row: Row) -> Trial:
 def _write(out: Path, name: str, found: dict[str, Any], page: str, figure: Figure) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found) + "\n"
-    write(out / f"{name}.json", lambda temporary: temporary.write_text(text))
-    write(out / f"{name}.md", lambda temporary: temporary.write_text(page))
-    write(out / f"{name}.png", lambda temporary: figure.savefig(temporary, format="png", dpi=130))
+    write(out / f"{name}.json", lambda file: file.write(text.encode()))
+    write(out / f"{name}.md", lambda file: file.write(page.encode()))
+    write(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=130))

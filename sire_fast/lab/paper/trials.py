@@ -240,7 +240,7 @@ class Training:
         state |= {"trial": _told(self.trial), "at": vars(self.at)}
         state |= {"generator": self.generator.get_state(), "random": torch.get_rng_state()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda temporary: torch.save(state, temporary))
+        write(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint as if there had been no stop, if it is one of this trial."""
@@ -384,5 +384,5 @@ def _run_into(path: Path, trial: Trial) -> None:
         found = run(trial, checkpoint)
     text = json.dumps(found) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda temporary: temporary.write_text(text))
+    write(path, lambda file: file.write(text.encode()))
     checkpoint.unlink(missing_ok=True)
