@@ -799,6 +799,7 @@ def test_a_frozen_layer_counts_its_last_forward(layer: sire_fast.GRU, weight: fl
         kept.backward()
     torch.testing.assert_close(told, expected)
     layer.requires_grad_(True)
+    torch._dynamo.reset()  # torch 2.9 does not see that parameters are trained again, of its own layers neither
     loss(X, weight).backward()
     torch.testing.assert_close(_gradients(layer), trained)
 
