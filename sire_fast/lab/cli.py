@@ -191,6 +191,8 @@ def train_command(
         else:
             _check_swaps_given(context, settings["swaps"])
             chosen = Run(Config(**settings), out or Path("runs", task))
+            if (sampler := chosen.config.sampler()) and not chosen.rank:
+                benchmark.check_swaps(sampler, chosen.task.train_lengths[-1])
     with _bad_input():
         if log:
             by_first(lambda: chosen.show_in_tensorboard(log))

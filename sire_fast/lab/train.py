@@ -36,7 +36,7 @@ from torch import Tensor, distributed, nn
 import sire_fast
 from sire_fast import schedules
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import check_device, check_swaps, write
+from sire_fast.lab.benchmark import check_device, write
 from sire_fast.lab.tasks import TASKS, Task
 from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
@@ -116,8 +116,7 @@ class Config:
             raise ValueError(f"examples: {expected}, got {self.examples}")
         if self.swaps is None:
             object.__setattr__(self, "swaps", task.swaps)
-        if sampler := self.sampler():
-            check_swaps(sampler, task.train_lengths[-1])
+        self.sampler()
         check_device(self.device)
 
     def sampler(self) -> Sampler | None:
