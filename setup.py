@@ -140,7 +140,7 @@ if CUDA:
             ["csrc/cuda_bindings.cpp"],
             depends=["setup.py", "csrc/bindings.h", "csrc/cells.h", *sorted(glob("csrc/cuda/*.*"))],
             extra_compile_args=FLAGS,
-            library_dirs=[os.path.join(root, "lib64")],
+            library_dirs=[os.path.join(root, name) for name in ("lib64", "lib")],  # of the toolkit, of pip and conda
             libraries=["cudart_static", "dl", "pthread", "rt"],  # the driver itself is looked up when it is needed
             optional=not FORCED,
         )
