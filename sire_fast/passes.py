@@ -6,7 +6,6 @@ Sequences are (T, B, I), states (layers * directions, B, H) for h and, for an LS
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -131,7 +130,6 @@ def _why_no_kernel(call: dict[str, Any]) -> list[str]:
     reasons = backends.why_no_kernel(**call)
     if reasons or backends.forced() or call["device"].type != "cuda":
         return reasons
-    call = {**call, "hidden_size": operator.index(call["hidden_size"])}  # in a trace, a symbol: see gpu.constant
     measured = gpu.fastest(**call)
     if measured == "torch":
         return ["measured: torch's own layer, cuDNN, is the fastest here"]

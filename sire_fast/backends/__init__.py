@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,8 +97,6 @@ def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device
     _check_name(backend)
     if backend == "reference":
         return []
-    if backend in PROVEN_BY_USE:
-        hidden_size = operator.index(hidden_size)  # in a trace, where it may be a symbol: see gpu.constant
     return KERNELS[backend].why_not(cell=cell, dtype=dtype, device=torch.device(device), hidden_size=hidden_size)
 
 
@@ -133,12 +130,9 @@ def why_no_kernel(**call: Any) -> list[str]:
     return reasons if name == "reference" else []
 
 
-def _first(*, device: torch.device | str, hidden_size: int, **numbers: Any) -> tuple[str, list[str]]:
+def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str]]:
     """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        hidden_size = operator.index(hidden_size)  # as above
-    call: dict[str, Any] = {"device": device, "hidden_size": hidden_size, **numbers}
+    call: dict[str, Any] = {"device": torch.device(device), **numbers}
     reasons: list[str] = []
     for name in _by_speed(**call):
         found = why_not(name, **call)

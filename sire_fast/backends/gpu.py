@@ -6,6 +6,7 @@ from __future__ import annotations
 import bisect
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -20,10 +21,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant(function: F) -> F:
-    """A function that torch.compile calls, and does not look into: what it returns for arguments that are no symbols
-    stands in the graph. As torch.compiler.assume_constant_result, which loads the compiler."""
+    """A function of a call that torch.compile runs, and does not look into: what it returns stands in the graph. It gets
+    H as a number, where a trace may have a symbol. As torch.compiler.assume_constant_result, which loads the compiler."""
+
+    @functools.wraps(function)
+    def of_numbers(*args: Any, hidden_size: int, **others: Any) -> Any:
+        return function(*args, hidden_size=operator.index(hidden_size), **others)
+
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # of a function
-    return function
+    return of_numbers  # type: ignore[return-value]
 
 
 # (cell, H rounded up to a power of two, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
