@@ -151,6 +151,22 @@ def _streams(
     return _differ("on another stream", values, on_side) + _differ("in a CUDA graph", ours(arguments), captured)
 
 
+def _wrong(checked: Checked, case: Case, device: str) -> list[str]:
+    """What is wrong in a case: luck decides about errors alone, and has as many chances as before a kernel is used."""
+    found: list[str] = []
+    for draw in range(proof.chances(checked.cell, case.H)):
+        try:
+            inexact, wrong = check_case(checked.backend, checked.cell, checked.arithmetic, case, draw, device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a kernel raises here is what the check looks for
+            return [first_line(error)]
+        found = inexact + wrong
+        if wrong or not inexact:
+            break
+    return found
+
+
 def check_cases(checked: Checked, cases: Sequence[Case], device: str) -> Checked:
     """Check cases in their order, and add what is found."""
     backend, cell, arithmetic = checked.backend, checked.cell, checked.arithmetic
@@ -159,21 +175,12 @@ def check_cases(checked: Checked, cases: Sequence[Case], device: str) -> Checked
         if reasons:
             checked.not_available += [reason for reason in reasons if reason not in checked.not_available]
             continue
-        out_of_memory = False
-        for draw in range(proof.chances(cell, case.H)):
-            try:
-                inexact, wrong = check_case(backend, cell, arithmetic, case, draw, device)
-            except torch.OutOfMemoryError:  # of a GPU that processes share: that says nothing of the kernel
-                out_of_memory = True
-                break
-            except Exception as error:  # whatever a kernel raises here is what the check looks for
-                inexact, wrong = [], [first_line(error)]
-            if wrong or not inexact:  # luck decides about errors alone
-                break
-        if out_of_memory:
+        try:
+            found = _wrong(checked, case, device)
+        except torch.OutOfMemoryError:  # of a GPU that processes share: that says nothing of the kernel
             checked.skipped += 1
             continue
-        failures = [f"{backend} {cell} {arithmetic} {case}: {what}" for what in inexact + wrong]
+        failures = [f"{backend} {cell} {arithmetic} {case}: {what}" for what in found]
         checked.failures += failures
         checked.passed += not failures
     return checked
