@@ -556,7 +556,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         done = [*groups.values()] if checks else []
         result["checks"] = [asdict(group) for group in done]
         result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
-        write(path, lambda file: file.write((json.dumps(result, indent=2) + "\n").encode()))
+        write(path, json.dumps(result, indent=2) + "\n")
 
     save()
     if items:

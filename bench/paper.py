@@ -49,5 +49,4 @@ def with_section(page: str) -> str:
 
 
 if __name__ == "__main__":
-    text = with_section(PAGE.read_text())
-    write(PAGE, lambda file: file.write(text.encode()))
+    write(PAGE, with_section(PAGE.read_text()))

@@ -374,13 +374,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     result = run(options.quick)
 
+    # files before anything is shown: who reads the output may have gone
+    name = file_name(result["machine"])
+    write(out / f"{name}.json", json.dumps(result, indent=2) + "\n")
+    figure = draw(result)
+    write(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=150))
+
     console = Console(width=None if sys.stdout.isatty() else 130)  # a file has room for whole rows
     console.print(_table(result), _rivals(result))
-
-    name = file_name(result["machine"])
-    text, figure = json.dumps(result, indent=2) + "\n", draw(result)
-    write(out / f"{name}.json", lambda file: file.write(text.encode()))
-    write(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=150))
     console.print(f"{out / name}.json and .png")
 
 

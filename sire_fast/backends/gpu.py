@@ -21,8 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant(function: F) -> F:
-    """A function of a call that torch.compile runs, and does not look into: what it returns stands in the graph. It gets
-    H as a number, where a trace may have a symbol. As torch.compiler.assume_constant_result, which loads the compiler."""
+    """A function of a call that torch.compile runs and does not look into: what it returns stands in the graph. Where a
+    trace has a symbol for H it gets a number. As torch.compiler.assume_constant_result, which loads the compiler."""
 
     @functools.wraps(function)
     def of_numbers(*args: Any, hidden_size: int, **others: Any) -> Any:

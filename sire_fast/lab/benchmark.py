@@ -89,8 +89,7 @@ class Setting:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name, least in (("T", 2), ("B", 1), ("H", 1), ("I", 1)):
-            if not least <= getattr(self, name) < 1 << 31:
-                raise ValueError(f"{name}: expected at least {least} and below 2**31, got {getattr(self, name)}")
+            check_size(name, getattr(self, name), least)
         if swaps.parse(self.swaps) is None:
             raise ValueError(f"swaps: expected a sampler, got {self.swaps!r}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
@@ -100,6 +99,12 @@ class Setting:
     def __str__(self) -> str:
         swaps = f"{self.swaps} compared at the {self.compare}"
         return f"{self.cell}, T={self.T} B={self.B} I={self.I} H={self.H}, {swaps}, {self.dtype}"
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """Raise a ValueError unless a number can be a size."""
+    if not least <= value < 1 << 31:
+        raise ValueError(f"{name}: expected at least {least} and below 2**31, got {value}")
 
 
 def check_device(device: str) -> None:
@@ -592,17 +597,20 @@ def versions() -> dict[str, str]:
     return {"sire_fast": sire_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def write(path: Path, writer: Callable[[BinaryIO], object]) -> None:
-    """Make a file appear whole or not at all: what `writer` gives goes beside it, and then takes its place.
+def write(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
+    """Make a file appear whole or not at all: a text or what a function writes goes beside it, then takes its place.
 
     Raises:
         OSError: it cannot be written; the file is named.
     """
-    content = io.BytesIO()  # torch.save into a file on a full disk says nothing of the disk
-    writer(content)
+    held = io.BytesIO()  # torch.save into a file on a full disk says nothing of the disk
+    if isinstance(content, str):
+        held.write(content.encode())
+    else:
+        content(held)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_bytes(content.getvalue())
+        temporary.write_bytes(held.getvalue())
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error

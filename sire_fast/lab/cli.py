@@ -37,7 +37,7 @@ from sire_fast.backends import cpu
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, check_device, write
+from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, check_device, check_size, write
 from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
@@ -236,8 +236,8 @@ def inspect_command(
     """Tell what random orders, the worst order and every swap do to a run's model: inspect.json and inspect.png."""
     with _bad_input():
         for name, value, least in (("length", length, 2), ("examples", examples, 1)):
-            if value is not None and not least <= value < 1 << 31:
-                raise ValueError(f"{name}: expected at least {least} and below 2**31, got {value}")
+            if value is not None:
+                check_size(name, value, least)
         chosen = Run.load(directory, device)
         check_directory(directory)
         model, task = chosen.model.eval(), chosen.task
@@ -270,9 +270,8 @@ def inspect_command(
     }
     figure = found.draw()
     figure.suptitle(title)
-    text = json.dumps(result) + "\n"
     numbers, picture = (directory / name for name in INSPECTED)
-    write(numbers, lambda file: file.write(text.encode()))
+    write(numbers, json.dumps(result) + "\n")
     write(picture, lambda file: figure.savefig(file, format="png", dpi=150))
     _show_inspection(found, title)
     _tell(f"numbers: {numbers}, picture: {picture}")
@@ -319,8 +318,7 @@ def bench(
         peaks = {name: benchmark.peak_memory(setting, name) for name in names}
     result = benchmark.summary(setting, seconds, peaks)
     if out:
-        text = json.dumps(result, indent=2) + "\n"
-        write(out, lambda file: file.write(text.encode()))
+        write(out, json.dumps(result, indent=2) + "\n")
 
     machine = result["machine"]
     caption = f"{machine['device']}, threads: {machine['threads']}, rounds: {rounds}"

@@ -36,7 +36,7 @@ from torch import Tensor, distributed, nn
 import sire_fast
 from sire_fast import schedules
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import check_device, write
+from sire_fast.lab.benchmark import check_device, check_size, write
 from sire_fast.lab.tasks import TASKS, Task
 from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
@@ -101,8 +101,7 @@ class Config:
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         for name in ("hidden", "steps", "batch"):
-            if not 1 <= getattr(self, name) < 1 << 31:
-                raise ValueError(f"{name}: expected at least 1 and below 2**31, got {getattr(self, name)}")
+            check_size(name, getattr(self, name))
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight: expected a number of at least 0, got {self.weight}")
         if not 0 < self.lr < math.inf:
@@ -341,7 +340,7 @@ class Run:
         }
         self.history.append(line)
         lines = "".join(json.dumps(line) + "\n" for line in self.history)
-        write(self.directory / HISTORY, lambda file: file.write(lines.encode()))  # no half line on a full disk
+        write(self.directory / HISTORY, lines)  # no half line on a full disk
         if self.board:
             for name in ("loss", "penalty", self.task.metric):
                 self.board.add_scalar(name, line[name], self.step)
@@ -468,8 +467,7 @@ class Run:
         }
         curves = _curves(self)
         write(self.directory / CURVES, lambda file: curves.savefig(file, format="png", dpi=120))
-        text = json.dumps(result, indent=2) + "\n"
-        write(self.directory / RESULT, lambda file: file.write(text.encode()))
+        write(self.directory / RESULT, json.dumps(result, indent=2) + "\n")
         return result
 
 

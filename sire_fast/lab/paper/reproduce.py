@@ -120,7 +120,6 @@ def _chosen(row: Row) -> Trial:
 
 def _write(out: Path, name: str, found: dict[str, Any], page: str, figure: Figure) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(found) + "\n"
-    write(out / f"{name}.json", lambda file: file.write(text.encode()))
-    write(out / f"{name}.md", lambda file: file.write(page.encode()))
+    write(out / f"{name}.json", json.dumps(found) + "\n")
+    write(out / f"{name}.md", page)
     write(out / f"{name}.png", lambda file: figure.savefig(file, format="png", dpi=130))

@@ -382,7 +382,6 @@ def _run_into(path: Path, trial: Trial) -> None:
     checkpoint = path.with_suffix(".pt")
     with too_short_to_swap():
         found = run(trial, checkpoint)
-    text = json.dumps(found) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda file: file.write(text.encode()))
+    write(path, json.dumps(found) + "\n")
     checkpoint.unlink(missing_ok=True)
