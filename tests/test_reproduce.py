@@ -432,8 +432,8 @@ def test_points_from_hdf5(tmp_path, layout):
         ("lp-mnist-pixels", "mnist.tgz", b"no archive"),
         ("table1", "modelnet.npz", b"PK\3\4 broken"),
         ("table1", "clouds.h5", b"no HDF5"),
-        ("lp-mnist-rows", "train-images-idx3-ubyte.gz", gzip.compress(b"\0")),
-        ("lp-mnist-rows", "train-images-idx3-ubyte.gz", gzip.compress(bytes(100))[:9] + bytes(20)),
+        ("lp-mnist-rows", "train-images-idx3-ubyte.gz", gzip.compress(b"\0", mtime=0)),
+        ("lp-mnist-rows", "train-images-idx3-ubyte.gz", gzip.compress(bytes(100), mtime=0)[:9] + bytes(20)),
     ],
 )
 def test_a_damaged_file_is_told_in_a_line(tmp_path, capsys, experiment, name, content):
