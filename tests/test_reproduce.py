@@ -64,9 +64,56 @@ def test_a_stopped_experiment_goes_on_with_what_lacks(tmp_path):
     assert len(counted) == 3
     assert paths[0][0].stat().st_mtime_ns == before
     assert all(json.loads(path.read_text())["trial"]["seed"] == trial.seed for path, trial in paths)
-    # a file of other settings must not pass for this trial
-    trials.run_all([(paths[0][0], replace(TINY, steps=4))], 1, lambda: None)
-    assert json.loads(paths[0][0].read_text())["steps"]["step"] == 4
+
+
+# A result may be of hours: other data, settings or presets must neither pass for it nor take its place.
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"steps": 4}, "steps 3, not 4"), ({"data": "x/mnist", "lr": 0.1}, "lr 0.001, not 0.1, data None, not 'mnist'")],
+)
+@pytest.mark.parametrize("name", ["0.json", "0.pt"])
+def test_a_file_of_another_trial_is_kept(tmp_path, name, changes, told):
+    path = tmp_path / name
+    if path.suffix == ".pt":
+        trials.Training(TINY).save(path)
+    else:
+        trials.run_all([(path, TINY)], 1, lambda: None)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=re.escape(f"{name}: is of another training: {told};")):
+        trials.run_all([(tmp_path / "0.json", replace(TINY, **changes))], 1, lambda: None)
+    assert path.read_bytes() == before
+
+
+# A new setting must not cost what older versions have trained, as long as it stands at its default.
+def test_files_of_an_older_version_are_used(tmp_path, monkeypatch):
+    path, older = tmp_path / "0.json", trials._told(TINY)
+    del older["augment"], older["records"]
+    monkeypatch.setattr(trials, "_told", lambda trial: older)
+    trials.run_all([(path, TINY)], 1, lambda: None)
+    training = trials.Training(TINY)
+    assert training.advance()
+    training.save(path.with_suffix(".pt"))
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    assert trials._done(path, TINY)
+    going_on = trials.Training(TINY)
+    going_on.load(path.with_suffix(".pt"))
+    assert going_on.at.step == 1
+
+
+@pytest.mark.parametrize("cut", [0, 100, -100])
+def test_a_damaged_checkpoint_is_told_in_a_line(tmp_path, monkeypatch, capsys, cut):
+    case = experiments.Case("s", "m", TINY)
+    monkeypatch.setitem(EXPERIMENTS, "figure1", experiments.Experiment("about", lambda: iter([case])))
+    (row,) = reproduce.plan("figure1", "quick", None, None, tmp_path)
+    path = row.results[0].with_suffix(".pt")
+    trials.Training(row.case.trial).save(path)
+    path.write_bytes(path.read_bytes()[:cut])
+    assert cli.run(["reproduce", "figure1", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: is damaged" in error
+    assert error.count("\n") == 1
+    assert path.exists()
 
 
 class Stopped(Exception):
@@ -107,12 +154,6 @@ def test_a_stopped_trial_goes_on_as_if_it_had_not(tmp_path, monkeypatch, changes
         assert line | {"seconds": 0} == wanted | {"seconds": 0}
     assert result["steps"]["metrics"] == whole["steps"]["metrics"]
     assert result["steps"]["step"] == whole["steps"]["step"]
-
-
-def test_a_checkpoint_of_another_trial_is_left(tmp_path):
-    path = tmp_path / "trial.pt"
-    trials.Training(replace(TINY, seed=1)).save(path)
-    assert trials.run(TINY, path)["steps"]["metrics"] == trials.run(TINY)["steps"]["metrics"]
 
 
 @pytest.mark.parametrize(("problem", "values"), [("parity", [0.5, 0.7, 0.6, 0.6]), ("variance", [5.0, 3.0, 4.0, 4.0])])
@@ -197,6 +238,14 @@ def test_a_result_tells_what_was_done():
     assert {"commit", "device", "threads"} <= set(result["machine"])
     assert result["epoch"] == 20
     assert result["seconds"] == result["steps"]
+
+
+# The checkout may have moved on before hours of training end.
+def test_a_result_tells_the_commit_that_it_began_with(monkeypatch):
+    commits, advance = ["before"], trials.Training.advance
+    monkeypatch.setattr(trials.benchmark, "machine", lambda: {"commit": commits[-1]})
+    monkeypatch.setattr(trials.Training, "advance", lambda training: commits.append("after") or advance(training))
+    assert trials.run(TINY)["machine"]["commit"] == "before"
 
 
 # NaN is no JSON, and a model of NaNs no result.

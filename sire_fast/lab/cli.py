@@ -367,6 +367,8 @@ def reproduce_command(
     except KeyboardInterrupt:
         _complain(f"interrupted; the same command goes on: {same}")
         raise typer.Exit(130) from None
+    except ValueError as error:
+        raise _UsageError(str(error)) from error
     for title, rows in tables:
         _console.print(rich_table(title, rows))
     _tell(f"tables: {out / name}.md, picture: {out / name}.png, numbers: {out / name}.json")

@@ -78,6 +78,7 @@ def reproduce(
 
     Raises:
         OSError: a file cannot be written, or another process runs this experiment there.
+        ValueError: a checkpoint cannot be read, or a file is of other settings.
     """
     if name == "cost":
         found = experiments.cost(preset, finished)

@@ -1,7 +1,7 @@
 """One model trained once, measured after a number of steps and after a time; and a pool of processes for many.
 
 Every trial is a file that appears when it ends, so that a stopped experiment goes on with those that lack; a stopped
-trial goes on from a checkpoint beside that file, which is gone when it ends.
+trial goes on from a checkpoint beside that file, which is gone when it ends. No trial replaces the files of another.
 """
 
 from __future__ import annotations
@@ -243,15 +243,24 @@ class Training:
         write(path, lambda file: torch.save(state, file))
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint as if there had been no stop, if it is one of this trial."""
-        state = torch.load(path, weights_only=True)
-        if state["trial"] != _told(self.trial):
-            return
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        self.at = Progress(**state["at"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"])
+        """Go on from a checkpoint as if there had been no stop.
+
+        Raises:
+            ValueError: it is damaged, or another trial's.
+        """
+        try:
+            state = torch.load(path, weights_only=True)
+            _check(path, state["trial"], self.trial)
+            for name, part in self._parts().items():
+                part.load_state_dict(state[name])
+            self.at = Progress(**state["at"])
+            self.generator.set_state(state["generator"])
+            torch.set_rng_state(state["random"])
+        except Another:
+            raise
+        except Exception as error:  # a damaged file can fail in any way
+            reason = f"is damaged, or of another version ({type(error).__name__})"
+            raise ValueError(f"{path}: {reason}; without it the training begins anew") from error
 
     def _parts(self) -> dict[str, Any]:
         names = "model", "average", "measured", "optimiser", "schedule"
@@ -272,6 +281,7 @@ def run(trial: Trial, checkpoint: Path | None = None) -> dict[str, Any]:
         step after which the loss or its gradient was no longer finite, None as a rule; the model before it is then
         measured.
     """
+    machine = benchmark.machine()  # before the checkout can move on
     training = Training(trial)
     if checkpoint and checkpoint.exists():
         training.load(checkpoint)
@@ -300,7 +310,7 @@ def run(trial: Trial, checkpoint: Path | None = None) -> dict[str, Any]:
         "history": at.history,
         "diverged": at.diverged,
         **at.found,
-        "machine": benchmark.machine(),
+        "machine": machine,
     }
 
 
@@ -321,7 +331,7 @@ def _told(trial: Trial) -> dict[str, Any]:
 
 
 def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callable[[], None]) -> None:
-    """Run the trials whose files lack, or hold another trial, several at a time.
+    """Run the trials whose files lack, several at a time.
 
     Args:
         trials: where each one's result goes, and the trial.
@@ -329,7 +339,7 @@ def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callab
         finished: called for every trial that is done, at once for those that have been.
 
     Raises:
-        ValueError: data cannot be read.
+        ValueError: data or a checkpoint cannot be read, or a file is another trial's.
     """
     waiting = []
     for path, trial in trials:
@@ -370,12 +380,26 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+class Another(ValueError):
+    """The file of another trial is in the way."""
+
+
+def _check(path: Path, told: dict[str, Any], trial: Trial) -> None:
+    """Raise Another unless a file tells of this trial. What an older one does not tell has its default."""
+    found, wanted = (json.loads(json.dumps(each)) for each in (asdict(Trial("")) | told, _told(trial)))
+    differing = [f"{key} {found[key]!r}, not {wanted.get(key)!r}" for key in found if found[key] != wanted.get(key)]
+    if differing:
+        raise Another(f"{path}: is of another training: {', '.join(differing)}; take another --out, or move it away")
+
+
 def _done(path: Path, trial: Trial) -> bool:
+    """Whether a file holds the result of a trial; Another if it is another's."""
     try:
-        saved = json.loads(path.read_text())["trial"]
-        return json.dumps(asdict(Trial(**saved))) == json.dumps(_told(trial))
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads(path.read_text())["trial"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that nobody can use
         return False
+    _check(path, told, trial)
+    return True
 
 
 def _run_into(path: Path, trial: Trial) -> None:
