@@ -32,7 +32,7 @@ def section() -> str:
             (title, rows), note = report.cost_overview(found), "Medians, all contestants in turns"
         else:
             title, rows = report.overview(found)
-            note = f"{report.origin(found)}, after equal steps; equal time, order sensitivity and sizes in the tables"
+            note = f"{report.origin(found)}, {report.when(found['rows'][0])}"
         parts += [
             f"### {name}: {title}",
             report.markdown_table(*rows),

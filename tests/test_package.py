@@ -194,6 +194,15 @@ def test_what_is_compared_are_numbers_of_the_papers_experiments(page: str, headi
     assert numbers <= {*re.findall(r"[\d.]+", paper.section())}
 
 
+def test_the_text_tells_numbers_of_the_papers_experiments() -> None:
+    told = paper.PAGE.read_text().split("## What they show\n")[1].split("\n## ")[0]
+    published = {f"{value:.3f}" for experiment in EXPERIMENTS.values() for value in experiment.published.values()}
+    numbers = {*re.findall(r"\d+\.\d{3}", told)} - published
+    assert len(numbers) > 30
+    pages = "".join(path.read_text() for path in paper.RESULTS.glob("*.md"))
+    assert numbers <= {*re.findall(r"[\d.]+", pages)}
+
+
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{n}")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")

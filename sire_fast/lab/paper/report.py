@@ -18,7 +18,7 @@ from sire_fast.lab.benchmark import CONTESTANTS
 from sire_fast.lab.paper.experiments import Case, Experiment
 
 _BANDS = 9  # most curves whose standard deviations are drawn: more bands hide each other
-BUDGETS = {"steps": "after equal steps", "seconds": "after equal time"}
+BUDGETS = {"steps": "equal steps", "seconds": "equal time"}
 _OURS = ("#00798c", "#3d5a80", "#52b69a", "#023047", "#90be6d", "#74c0fc", "#168aad")
 _RIVALS = ("#d1495b", "#edae49", "#9a7fa0", "#b08968", "#a5a58d", "#5f0f40", "#495057")
 
@@ -116,11 +116,20 @@ def origin(found: dict[str, Any]) -> str:
     return f"{found['source']}; {f'{seeds} seeds, mean ± standard deviation' if seeds > 1 else 'one seed'}"
 
 
+def when(row: dict[str, Any]) -> str:
+    """When the models of a row were measured."""
+    budget, until = BUDGETS[row["budget"]], row["config"]["until"]
+    if until is not None:
+        return f"when validation reached {until:g}, or after {budget}"
+    patience = row["config"].get("patience")  # files from before there was any lack it
+    return f"at the best validation within {budget}" if patience else f"after {budget}"
+
+
 def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """Titles and rows, headings first, of an experiment's tables: one for each setting and budget."""
     made: dict[str, list[list[str]]] = {}
     for row in found["rows"]:
-        title = f"{row['setting']}, {BUDGETS[row['budget']]}"
+        title = f"{row['setting']}, {when(row)}"
         cells = {"": row["method"]}
         for metric, values in row["metrics"].items():
             cells |= {metric if c == "test" else f"{metric}, {c}": _number(v) for c, v in values.items()}
