@@ -16,11 +16,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +43,8 @@ ROOT = Path(__file__).parents[1]
 ROUNDS, QUICK_ROUNDS = 7, 2
 SIDE, QUICK_SIDE = 2048, 128  # of the square matrices
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
+# variables that hold torch, its libraries and JAX to an instruction set, a number of threads or a way to allocate
+_HELD_BY = ("ATEN_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "XLA_")
 SHRINK = {"T": 10, "B": 16, "H": 16, "I": 16}  # --quick divides by these
 
 
@@ -210,6 +215,7 @@ def measured(setting: Setting, names: Sequence[str], rounds: int, side: int, adv
 
 def run(quick: bool = False) -> dict[str, Any]:
     """Measure everything; returns what the result file holds."""
+    machine = _machine()  # before the checkout can move on
     shrink = _shrunk if quick else lambda setting: setting
     rounds, side = (QUICK_ROUNDS, QUICK_SIDE) if quick else (ROUNDS, SIDE)
     goals = [replace(goal, setting=shrink(goal.setting)) for goal in _goals()]
@@ -236,13 +242,21 @@ def run(quick: bool = False) -> dict[str, Any]:
     rows = [_row(goal, found[goal.setting]) for goal in goals]
     rows += _memory(shrink(Setting("GRU", swaps="uniform:4", compare="end")))
     return {
-        "machine": benchmark.machine(),
+        "machine": machine,
         "rounds": rounds,
         "quick": quick,
         "goals": [row.as_json() for row in rows],
         "rivals": [_point(*each) for each in zip(rivals, results[len(needed) :], strict=True)],
         "sweeps": {axis: [_point(setting, found[setting]) for setting in sweep] for axis, sweep in sweeps.items()},
     }
+
+
+def _machine() -> dict[str, Any]:
+    """What the result depends on, the rivals' part included."""
+    machine = benchmark.machine()
+    machine["versions"] |= {name: version(name) for name in ("jax",) if find_spec(name)}
+    held = {name: value for name, value in os.environ.items() if name.startswith(_HELD_BY)}
+    return machine | {"torch_instruction_set": torch.backends.cpu.get_cpu_capability(), "environment": held}
 
 
 def _row(goal: Goal, found: Measured) -> Row:

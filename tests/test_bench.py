@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -376,6 +377,10 @@ def test_the_suite_measures_every_goal_and_draws(tmp_path):
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     result = json.loads(path.read_text())
     assert result["quick"]
+    # figures held to AVX2 cannot be told from others by the processor's name, nor JAX's without its version
+    assert result["machine"]["environment"]["OMP_NUM_THREADS"] == "1"
+    assert result["machine"]["torch_instruction_set"] == torch.backends.cpu.get_cpu_capability()
+    assert ("jax" in result["machine"]["versions"]) == (find_spec("jax") is not None)
     assert {axis: len(points) for axis, points in result["sweeps"].items()} == {"K": 5, "H": 4, "T": 4}
     for point in result["sweeps"]["K"]:
         assert list(point["seconds"]) == contestants(Setting())
