@@ -36,7 +36,7 @@ __all__ = [
 
 if cpu.MISSING:
     warnings.warn(
-        f"sire_fast runs without its compiled kernels, slowly: {cpu.MISSING} (sire-fast doctor tells more)",
+        f"sire_fast runs without its compiled kernels, slowly: {cpu.MISSING}",
         RuntimeWarning,
         stacklevel=2,
     )

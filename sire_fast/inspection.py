@@ -61,20 +61,25 @@ class Inspection:
     def draw(self) -> Figure:
         """The heat map, and the changes of every sequence, as a picture; needs matplotlib (the extra "train").
 
-        Colours end at the largest change, but not below 1 % of the answers' size: rounding is no pattern.
+        Both scales end at the largest change, but not below 1 % of the answers' size: rounding is no pattern.
 
         Example:
             >>> found = inspect(lambda x: x[0], torch.randn(5, 4, 3))
             >>> found.draw().savefig("order.png")  # doctest: +SKIP
         """
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import MaxNLocator
 
-        figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+        size = self.size.mean().item()
+
+        def top(changes: Tensor) -> float:
+            return max(changes.nan_to_num().max().item(), _NOISE * size) or 1.0
+
+        figure = Figure(figsize=(10.5, 4.8), layout=ConstrainedLayoutEngine(wspace=0.06))
         left, right = figure.subplots(1, 2)
-        heat_map, size = self.heat_map.cpu(), self.size.mean().item()
-        top = max(heat_map.nan_to_num().max().item(), _NOISE * size) or 1.0
-        image = left.imshow(heat_map.numpy(), vmin=0, vmax=top, cmap="magma", origin="lower", interpolation="nearest")
+        shades = {"vmin": 0, "vmax": top(self.heat_map), "cmap": "magma"}
+        image = left.imshow(self.heat_map.cpu().numpy(), origin="lower", interpolation="nearest", **shades)
         figure.colorbar(image, ax=left, label="mean |change of the answer|")
         left.set(xlabel="position i", ylabel="position j")
         left.set_title("One swap: i and j exchanged", loc="left")
@@ -87,10 +92,9 @@ class Inspection:
             (self.mean, f"mean of {len(self.changes)} random orders", {"color": "#00798c", "markersize": 5}),
         ):
             right.plot(rank, values[ranked].cpu().numpy(), "o", label=label, clip_on=False, **style)
-        right.axhline(size, color="0.5", linestyle="--", linewidth=1, label="mean |answer|")
         right.set(xlabel="sequence, the most sensitive first", ylabel="|change of the answer|")
-        right.set_title("Whole orders", loc="left")
-        right.set_ylim(bottom=0)
+        right.set_title(f"Whole orders; mean |answer|: {size:.3g}", loc="left")
+        right.set_ylim(0, 1.05 * top(self.worst))
         right.grid(alpha=0.25)
         right.spines[["top", "right"]].set_visible(False)
         right.legend(frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))

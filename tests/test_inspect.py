@@ -198,6 +198,12 @@ def test_the_picture_names_its_axes(steps: int, tmp_path: Path) -> None:
     assert (tmp_path / "order.png").stat().st_size > 1000
 
 
+def test_small_changes_of_large_answers_fill_the_picture() -> None:
+    found = sire_fast.inspect(lambda x: 100 + x[0], torch.randn(T, B, 4))
+    _, whole_orders, _ = found.draw().axes
+    assert whole_orders.get_ylim()[1] < 1.2 * found.worst.max()
+
+
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     code = cli.run([str(argument) for argument in arguments])
     return code, *capsys.readouterr()

@@ -30,6 +30,7 @@ from sire_fast.lab.paper.experiments import EXPERIMENTS
 from sire_fast.lab.paper.trials import Trial
 from sire_fast.lab.tasks import TASKS
 
+RESULTS = Path(__file__).parent.parent / "bench/results/paper"
 TINY = Trial("parity", hidden=4, steps=3, batch=4, examples=20, test_lengths=(4,))
 
 
@@ -600,6 +601,18 @@ def test_a_drawn_history_is_the_mean_over_seeds():
     assert row["epoch"] == run["epoch"]
     mean = {"step": first["step"], "seconds": first["seconds"] + 1.5, "validation": first["validation"] + 0.25}
     assert row["history"] == [pytest.approx(mean)]
+
+
+@pytest.mark.parametrize("name", ["half-range", "rivals"])  # errors within a decade, and over six
+def test_the_scales_of_a_picture_can_be_read(name: str) -> None:
+    found = json.loads((RESULTS / f"{name}.json").read_text())
+    figure = report.picture(found, EXPERIMENTS[name].picture)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            least, most = axis.get_view_interval()
+            told = [x for x in axis.get_majorticklocs() if least <= x <= most]
+            assert 3 <= len(told) <= 14, f"{name}, {axes.get_title('left')}, {axis.get_label_text()}: {told}"
 
 
 def test_the_gap_to_a_published_number_is_printed():

@@ -491,6 +491,7 @@ def test_a_warning_is_one_line(capsys):
 def test_version_and_short_help(capsys):
     assert command(capsys, "--version") == (0, f"sire-fast {sire_fast.__version__}\n", "")
     assert command(capsys, "-h") == command(capsys, "--help") == command(capsys)
+    assert "..." not in command(capsys)[1].split("Commands:\n")[1].split("\n\n")[0]  # no summary is cut
     assert "--hidden" in command(capsys, "train", "-h")[1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,8 +19,12 @@ _C: Any = None
 MISSING = ""
 try:
     _C = import_module("sire_fast._C")
+except ModuleNotFoundError:
+    MISSING = "the extension sire_fast._C was not built: that needs g++ 11 or Clang 14; pip install -v shows what failed"
+    if sys.platform == "win32":
+        MISSING = "the extension sire_fast._C is not built on Windows"
 except ImportError as error:
-    MISSING = str(error)
+    MISSING = f"the extension sire_fast._C cannot be loaded: {error}"
 
 # cell -> how many values of H each a step keeps for its gradient besides the states
 SAVED_GATES: dict[str, int] = _C.saved_gates() if _C else {}
@@ -32,7 +37,7 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
     """Reasons why the compiled kernels cannot serve a call."""
     reasons = []
     if _C is None:
-        reasons.append(f"cpu: the extension sire_fast._C cannot be loaded: {MISSING}")
+        reasons.append(f"cpu: {MISSING}")
     if device.type != "cpu":
         reasons.append(f"cpu: runs on the CPU, got a tensor on {device}")
     if dtype not in _COMPUTED_IN:
@@ -43,8 +48,8 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
 # measured with two threads, H from 32 to 512 and 1 to 8 sequences: torch's LSTM, alone of its layers, is oneDNN's,
 # which splits a sequence among threads; these kernels split between sequences
 SLOWER_THAN_TORCH = (
-    "without swaps torch's own LSTM is faster for fewer sequences than threads from H=128 on, "
-    "than twice the threads from H=192 on"
+    "without swaps torch's own LSTM is faster for fewer sequences than threads (H >= 128) or than twice the threads "
+    "(H >= 192)"
 )
 
 

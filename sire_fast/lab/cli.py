@@ -179,7 +179,9 @@ def train_command(
     log: Annotated[Path | None, typer.Option(help="Directory for TensorBoard, where that is installed.")] = None,
     **settings: Any,
 ) -> None:
-    """Train a model on a task and write result.json, history.jsonl, curves.png and model.pt.
+    """Train a model on a task.
+
+    The directory gets result.json, history.jsonl, curves.png and model.pt.
 
     torchrun --nproc-per-node N -m sire_fast train ... splits every batch among N processes.
     """
@@ -216,7 +218,7 @@ def eval_command(
     directory: Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)],
     device: Annotated[str | None, typer.Option(help="Another device than the run's.")] = None,
 ) -> None:
-    """Measure the model of a run again: metrics and order sensitivity on the test lengths."""
+    """Measure the model of a run again, on the test lengths."""
     with _bad_input():
         chosen = Run.load(directory, device)
     config = chosen.config
@@ -233,7 +235,10 @@ def inspect_command(
     examples: Annotated[int, typer.Option(help="Number of sequences.")] = 16,
     device: Annotated[str | None, typer.Option(help="Another device than the run's.")] = None,
 ) -> None:
-    """Tell what random orders, the worst order and every swap do to a run's model: inspect.json and inspect.png."""
+    """Tell what other orders do to the answers of a run's model.
+
+    Random orders, the worst order found and every swap; the directory gets inspect.json and inspect.png.
+    """
     with _bad_input():
         for name, value, least in (("length", length, 2), ("examples", examples, 1)):
             if value is not None:
@@ -297,7 +302,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often each step is timed.")] = 10,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
-    """Time one training step, forward and backward, against other ways to write it."""
+    """Time a training step against other ways to write it."""
     with _bad_input():
         if rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {rounds}")
@@ -348,7 +353,9 @@ def reproduce_command(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory.", show_default="runs/paper/PRESET")] = None,
 ) -> None:
-    """Run an experiment of the paper and write NAME.md, NAME.png and NAME.json, with published numbers beside ours.
+    """Run an experiment of the paper.
+
+    The directory gets NAME.md, NAME.png and NAME.json, with published numbers beside ours.
 
     A stopped one goes on with the same command.
     """
@@ -376,7 +383,7 @@ def reproduce_command(
 
 @app.command()
 def doctor() -> None:
-    """Tell which versions, instruction set, threads and backends serve here, and why others do not."""
+    """Tell which backends serve here, and why others do not."""
     table = Table(box=None, show_header=False)
     table.add_row("sire_fast", sire_fast.__version__)
     table.add_row("torch", torch.__version__)
@@ -413,9 +420,9 @@ def check_command(
     dtypes: Annotated[list[str], typer.Option("--dtype", help=f"Of {', '.join(_CHECKED)}.")] = [*_CHECKED],  # noqa: B006
     sizes: Annotated[list[int], typer.Option("--H", help="Units.")] = [7, 64, 100, 128],  # noqa: B006
 ) -> None:
-    """Hold every kernel that serves a device against plain PyTorch in float64; exit code 1 if one is wrong.
+    """Hold the kernels against plain PyTorch in float64.
 
-    Options may be given several times. sire_fast.check(model, x) does it for the layers of a model.
+    The exit code is 1 if one is wrong. Options may be given several times. sire_fast.check(model, x) does it for the layers of a model.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _bad_input():
@@ -443,7 +450,10 @@ def demo(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a demo that the directory holds.")] = False,
 ) -> None:
-    """Train one model with and without SIRE on 40 bit sequences, and compare them on longer ones."""
+    """Train a model with and without SIRE, and compare the two.
+
+    They learn the parity of 40 sequences of up to 10 bits, and are tested on up to 200.
+    """
     again = _command("demo", "--force", out=out)
     out = out or Path("runs/demo")
     with _bad_input():

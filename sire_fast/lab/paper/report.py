@@ -260,7 +260,8 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
     panels = methods if kind == "heat map" else settings
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns + 2.6, 3.5 * lines + 0.8), layout="constrained")
+    beside = columns == 1  # stands the legend, else below
+    figure = Figure(figsize=(4.6 * columns + 2.6 * beside, 3.5 * lines + 0.8), layout="constrained")
     figure.suptitle(found["about"], fontweight="bold")
     grid = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
@@ -287,12 +288,13 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
     for axes in grid[: len(panels)]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if handles:
-        figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=9)
+        place = "outside right center" if beside else "outside lower center"
+        figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False, fontsize=9)
     return figure
 
 
 def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
-    """SIRE in cold colours and full lines, its rivals in warm ones and dashed."""
+    """SIRE in cold colours and full lines, its rivals in warm ones and dashed; dotted where a colour comes again."""
     counts = {True: 0, False: 0}
     styles = {}
     for method in methods:
@@ -301,7 +303,7 @@ def _styles(methods: list[str]) -> dict[str, dict[str, Any]]:
         counts[ours] += 1
         styles[method] = {
             "color": colours[n % len(colours)],
-            "linestyle": "-" if ours else "--",
+            "linestyle": ("-" if ours else "--") if n < len(colours) else ":",
             "linewidth": 2.4 if ours else 1.6,
             "marker": "osD^vP"[n // len(colours) % 6],
             "markersize": 4,
@@ -327,15 +329,12 @@ def _curves(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, 
         lower, upper = ([min(m + sign * s, most) for m, s in zip(mean, sd, strict=True)] for sign in (-1, 1))
         axes.fill_between(lengths, lower, upper, color=styles[row["method"]]["color"], alpha=0.12, linewidth=0)
     axes.set_xlabel("length of the test sequences")
-    axes.set_ylabel(metric)
-    if metric == "accuracy":
-        axes.set_ylim(bottom=0)
-    else:
-        _logarithmic(axes, "y")
+    _values(axes, "y", metric)
 
 
 def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], found: dict[str, Any]) -> None:
-    """A dot with its standard deviation for each method, at the first length that is told; bars from 0 hide much."""
+    """A dot with its standard deviation, and its number, for each method, at the first length that is told; bars from 0
+    hide much."""
     for n, row in enumerate(rows):
         metric, values = _drawn(row)
         column = next(c for c in (*found["at"], *values) if c in values)
@@ -344,20 +343,29 @@ def _dots(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str, An
         mean, sd = value["mean"], value["sd"] or 0.0
         above = min(sd, 1 - mean) if metric == "accuracy" else sd
         axes.errorbar(mean, -n, xerr=[[sd], [above]], fmt="o", color=colour, markersize=8, capsize=4)
+        told = _number({"mean": mean, "sd": None})
+        axes.text(1.02, -n, told, fontsize=8, va="center", transform=axes.get_yaxis_transform())
         if "published" in row:
             label = f"published ({found['published_on']})"
             axes.plot(row["published"], -n, "k|", markersize=18, markeredgewidth=2, label=label)
     axes.set_yticks([-n for n in range(len(rows))], [row["method"] for row in rows], fontsize=8)
-    axes.set_xlabel(metric if len(values) == 1 else f"{metric} at {column}")
-    if metric != "accuracy":
-        _logarithmic(axes, "x")
+    _values(axes, "x", metric if len(values) == 1 else f"{metric} at {column}")
 
 
-def _logarithmic(axes: Axes, name: Literal["x", "y"]) -> None:
-    """For errors; with numbers as a person writes them."""
-    axes.set(**{f"{name}scale": "log"})
+def _values(axes: Axes, name: Literal["x", "y"], label: str) -> None:
+    """The axis of a metric: up to 1 for accuracies; logarithmic for errors over a decade, with numbers as a person
+    writes them."""
+    axes.set(**{f"{name}label": label})
     axis = axes.xaxis if name == "x" else axes.yaxis
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if "accuracy" in label:
+        least, most = axis.get_view_interval()
+        axes.set(**{f"{name}lim": (least, min(most, 1 + 0.05 * (1 - least)))})
+        return
+    least, most = axis.get_data_interval()
+    if 0 < least and most < 10 * least:
+        return
+    axes.set(**{f"{name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1e4 * axis.get_minpos() else (1,)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -369,11 +377,8 @@ def _history(axes: Axes, rows: list[dict[str, Any]], styles: dict[str, dict[str,
         style = styles[row["method"]] | {"label": row["method"], "markevery": max(1, len(lines) // 8), "alpha": 0.8}
         axes.plot([factor * line[key] for line in lines], [line["validation"] for line in lines], **style)
     metric = next(iter(rows[0]["metrics"]))
-    axes.set(xlabel="epochs" if kind == "epochs" else "seconds of training on a core", ylabel=f"validation {metric}")
-    if metric == "accuracy":
-        axes.set_ylim(top=1.02)
-    else:
-        _logarithmic(axes, "y")
+    axes.set_xlabel("epochs" if kind == "epochs" else "seconds of training on a core")
+    _values(axes, "y", f"validation {metric}")
 
 
 def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:
@@ -391,7 +396,7 @@ def _heat_map(axes: Axes, rows: list[dict[str, Any]], scale: LogNorm) -> None:
 def cost_picture(found: dict[str, Any]) -> Figure:
     """Time of a training step of each contestant, a panel for each setting."""
     figure = Figure(figsize=(13, 3), layout="constrained")
-    figure.suptitle("A training step, times torch.nn without SIRE", fontweight="bold")
+    figure.suptitle(cost_overview(found)[0], fontweight="bold")
     panels = figure.subplots(1, len(found["settings"]), sharex=True, sharey=True)
     for axes, entry in zip(panels, found["settings"], strict=True):
         names = list(entry["contestants"])[::-1]
