@@ -6,7 +6,7 @@ loss = task_loss(model(x), y) + weight * sire_fast.penalty(model)
 
 import warnings
 
-from sire_fast import backends, cells, functional, layers, passes, reference, schedules, swaps
+from sire_fast import backends, cells, functional, layers, reference, schedules, swaps
 from sire_fast.backends import cpu
 from sire_fast.inspection import inspect
 from sire_fast.layers import GRU, LSTM, RNN, convert, revert
@@ -25,7 +25,6 @@ __all__ = [
     "functional",
     "inspect",
     "layers",
-    "passes",
     "penalty",
     "reference",
     "revert",

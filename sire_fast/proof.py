@@ -309,7 +309,7 @@ def environment(device: torch.device | str) -> dict[str, str]:
     """What a result depends on: versions, device, instruction set."""
     found = {"sire_fast": sire_fast.__version__, "torch": torch.__version__}
     if torch.device(device).type != "cuda":
-        return found | {"on": platform.machine(), "instruction set": cpu.MISSING or cpu.instruction_set()}
+        return found | {"on": platform.machine(), "instruction set": "none" if cpu.MISSING else cpu.instruction_set()}
     if find_spec("triton"):
         found["triton"] = triton_version() or "of unknown version"
     major, minor = torch.cuda.get_device_capability(device)
@@ -370,8 +370,9 @@ def check(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     Args:
         model: a module that holds sire_fast layers, or is one. It runs once, in evaluation mode and without gradients;
             nothing of it is changed.
-        args, kwargs: what it is called with. A few sequences are enough: all steps of all variants are computed in
-            float64 and kept.
+        *args: what it is called with. A few sequences are enough: all steps of all variants are computed in float64
+            and kept.
+        **kwargs: the same, by name.
 
     Returns:
         A Report; print it for a table, its `right` says whether all is right.

@@ -203,6 +203,14 @@ def test_the_text_tells_numbers_of_the_papers_experiments() -> None:
     assert numbers <= {*re.findall(r"[\d.]+", pages)}
 
 
+def test_what_the_documentation_calls_is_there_after_the_import() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    called = {name for page in pages for name in re.findall(r"sire_fast(?:\.\w+)+(?=\()", page.read_text())}
+    assert len(called) > 10
+    done = _python("import sire_fast\n" + "\n".join(sorted(called)))
+    assert done.returncode == 0, done.stderr
+
+
 BLOCKS = [
     pytest.param(block, id=f"{path.name}-{n}")
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md")

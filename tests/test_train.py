@@ -517,6 +517,7 @@ def test_doctor(capsys):
     assert code == 0
     for word in ("torch", "instruction set", "threads", *backends.BACKENDS, "serves"):
         assert word in " ".join(out.split())  # lines are wrapped
+    assert out.count("backend cpu ") == 1  # dtypes with the same answer share a line
 
 
 def test_demo(capsys, monkeypatch):

@@ -20,7 +20,7 @@ MISSING = ""
 try:
     _C = import_module("sire_fast._C")
 except ModuleNotFoundError:
-    MISSING = "the extension sire_fast._C was not built: that needs g++ 11 or Clang 14; pip install -v shows what failed"
+    MISSING = "the extension sire_fast._C was not built: that needs g++ 11 or Clang 14; pip install -v shows why"
     if sys.platform == "win32":
         MISSING = "the extension sire_fast._C is not built on Windows"
 except ImportError as error:

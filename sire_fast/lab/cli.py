@@ -389,24 +389,25 @@ def doctor() -> None:
     table.add_row("torch", torch.__version__)
     table.add_row("python", platform.python_version())
     table.add_row("platform", platform.platform())
-    table.add_row("instruction set", cpu.MISSING or cpu.instruction_set())
+    table.add_row("instruction set", "none" if cpu.MISSING else cpu.instruction_set())
     table.add_row("threads", f"{torch.get_num_threads()} of torch, {os.cpu_count()} cores")
     devices = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-    for backend in backends.BACKENDS:
-        for device in devices:
-            for dtype in (torch.float32, torch.bfloat16):
-                call: dict[str, Any] = {"dtype": dtype, "device": device, "hidden_size": 128}
-                # few reasons depend on the cell: each is told once
-                reasons = dict.fromkeys(
-                    reason.removeprefix(f"{backend}: ")
-                    for cell in CELLS
-                    for reason in backends.why_not(backend, cell=cell, **call)
-                )
-                name = str(dtype).removeprefix("torch.")
-                told = "; ".join(reasons) or "serves"
-                if told == "serves" and backend in backends.PROVEN_BY_USE:
-                    told += ", once a small case was right on this card"
-                table.add_row(f"backend {backend}", f"{device}, {name}: {told}")
+    for backend, device in itertools.product(backends.BACKENDS, devices):
+        answers: dict[str, list[str]] = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            call: dict[str, Any] = {"dtype": dtype, "device": device, "hidden_size": 128}
+            # few reasons depend on the cell: each is told once
+            reasons = dict.fromkeys(
+                reason.removeprefix(f"{backend}: ")
+                for cell in CELLS
+                for reason in backends.why_not(backend, cell=cell, **call)
+            )
+            told = "; ".join(reasons) or "serves"
+            if told == "serves" and backend in backends.PROVEN_BY_USE:
+                told += ", once a small case was right on this card"
+            answers.setdefault(told, []).append(str(dtype).removeprefix("torch."))
+        for told, dtypes in answers.items():
+            table.add_row(f"backend {backend}", f"{device}, {' and '.join(dtypes)}: {told}")
     table.add_row("layers", cpu.SLOWER_THAN_TORCH)
     _console.print(table)
 
@@ -422,7 +423,8 @@ def check_command(
 ) -> None:
     """Hold the kernels against plain PyTorch in float64.
 
-    The exit code is 1 if one is wrong. Options may be given several times. sire_fast.check(model, x) does it for the layers of a model.
+    The exit code is 1 if one is wrong. Options may be given several times. sire_fast.check(model, x) does it for the
+    layers of a model.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _bad_input():

@@ -288,8 +288,14 @@ def picture(found: dict[str, Any], kind: str) -> Figure:
     for axes in grid[: len(panels)]:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if handles:
-        place = "outside right center" if beside else "outside lower center"
-        figure.legend(handles.values(), handles, loc=place, ncols=columns, frameon=False, fontsize=9)
+        figure.legend(
+            handles.values(),
+            handles,
+            loc="outside right center" if beside else "outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
+        )
     return figure
 
 
@@ -362,7 +368,7 @@ def _values(axes: Axes, name: Literal["x", "y"], label: str) -> None:
         axes.set(**{f"{name}lim": (least, min(most, 1 + 0.05 * (1 - least)))})
         return
     least, most = axis.get_data_interval()
-    if 0 < least and most < 10 * least:
+    if least > 0 and most < 10 * least:
         return
     axes.set(**{f"{name}scale": "log"})
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1e4 * axis.get_minpos() else (1,)))
