@@ -53,6 +53,8 @@ def test_quick_presets(tmp_path, name, capsys):
         assert row["method"] in page
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     told = capsys.readouterr().out
+    assert "numbers mean nothing" in told
+    assert "…" not in told  # of names
     assert re.search(rf"{name}, (trainings|rounds) \S+ (\d+)/\2 ", told)  # the bar was told of everything
 
 

@@ -39,8 +39,8 @@ from sire_fast.inspection import Inspection, inspect
 from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, check_device, check_size, write
 from sire_fast.lab.paper.experiments import cost_rounds
-from sire_fast.lab.paper.report import rich_table
-from sire_fast.lab.paper.reproduce import NAMES, PRESETS, plan, reproduce
+from sire_fast.lab.paper.report import cost_overview, overview, rich_table
+from sire_fast.lab.paper.reproduce import NAMES, PRESETS, QUICK, plan, reproduce
 from sire_fast.lab.tasks import TASKS
 from sire_fast.lab.train import (
     CHECKPOINT,
@@ -370,14 +370,15 @@ def reproduce_command(
         with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
             kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", trainings)
             bar = progress.add_task(f"{name}, {kind}", total=count)
-            _, tables = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
+            found, _ = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:
         _complain(f"interrupted; the same command goes on: {same}")
         raise typer.Exit(130) from None
     except ValueError as error:
         raise _UsageError(str(error)) from error
-    for title, rows in tables:
-        _console.print(rich_table(title, rows))
+    _console.print(rich_table(*(cost_overview if name == "cost" else overview)(found)))
+    if preset == "quick":
+        _tell(QUICK)
     _tell(f"tables: {out / name}.md, picture: {out / name}.png, numbers: {out / name}.json")
 
 

@@ -246,7 +246,7 @@ def markdown(title: str, notes: Sequence[str], made: list[tuple[str, list[list[s
 def rich_table(caption: str, rows: list[list[str]]) -> Table:
     table = Table(title=caption)
     for n, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if n else "left")
+        table.add_column(heading, justify="right" if n else "left", overflow="fold")  # no name is cut
     for row in rows[1:]:
         table.add_row(*row)
     return table

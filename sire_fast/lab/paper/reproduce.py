@@ -20,6 +20,7 @@ from sire_fast.lab.train import alone, check_directory
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")
 
+QUICK = "Quick preset: it shows that everything runs; its numbers mean nothing."
 Tables = list[tuple[str, list[list[str]]]]
 
 
@@ -105,7 +106,7 @@ def reproduce(
         machine, commits = found["machine"], found["commits"]
         notes = [f"Data: {report.origin(found)}."]
     if preset == "quick":
-        notes.insert(0, "Quick preset: it shows that everything runs; its numbers mean nothing.")
+        notes.insert(0, QUICK)
     notes.append(f"{machine['device']}, commit {', '.join(map(str, commits))}, torch {machine['versions']['torch']}.")
     _write(out, name, {"preset": preset, **found}, report.markdown(name, notes, made), figure)
     return found, made
