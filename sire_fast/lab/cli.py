@@ -370,7 +370,7 @@ def reproduce_command(
         with Progress(*columns, console=_console, speed_estimate_period=3600) as progress:
             kind, count = ("rounds", cost_rounds(preset)) if name == "cost" else ("trainings", trainings)
             bar = progress.add_task(f"{name}, {kind}", total=count)
-            found, _ = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
+            found = reproduce(name, preset, planned, out, workers, lambda: progress.advance(bar))
     except KeyboardInterrupt:
         _complain(f"interrupted; the same command goes on: {same}")
         raise typer.Exit(130) from None

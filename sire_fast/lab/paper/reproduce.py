@@ -21,7 +21,6 @@ NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")
 
 QUICK = "Quick preset: it shows that everything runs; its numbers mean nothing."
-Tables = list[tuple[str, list[list[str]]]]
 
 
 class Row(NamedTuple):
@@ -71,11 +70,11 @@ def reproduce(
     out: Path,
     workers: int,
     finished: Callable[[], None],
-) -> tuple[dict[str, Any], Tables]:
+) -> dict[str, Any]:
     """Run what has not been run, and write NAME.json, NAME.md and NAME.png into a directory.
 
     Returns:
-        What the JSON holds, and the tables.
+        What the JSON holds.
 
     Raises:
         OSError: a file cannot be written, or another process runs this experiment there.
@@ -109,7 +108,7 @@ def reproduce(
         notes.insert(0, QUICK)
     notes.append(f"{machine['device']}, commit {', '.join(map(str, commits))}, torch {machine['versions']['torch']}.")
     _write(out, name, {"preset": preset, **found}, report.markdown(name, notes, made), figure)
-    return found, made
+    return found
 
 
 def _chosen(row: Row) -> Trial:
