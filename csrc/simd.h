@@ -48,7 +48,7 @@ struct Vector<float> {
   static constexpr int mantissa = 23, bias = 127;
   static constexpr float round = 12582912.f;  // 1.5 * 2^23: adding it rounds to a whole number
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float largest = 87.f;  // neither exp(x), exp(-x) nor 1 / (1 + exp(x)) is denormal up to it
+  static constexpr float largest = 88.f;  // 1 / (1 + exp(x)) is denormal, that is 0, but exp(x) not infinite
   static constexpr float saturated = 9.1f;  // tanh is 1 to rounding
   // (exp(r) - 1 - r) / r^2 for |r| <= ln(2) / 2, from the constant on; exp(r) - 1 is off by eps / 9 at most
   static constexpr float series[] = {4.9999998e-1f, 1.6666544e-1f, 4.16672e-2f, 8.36652e-3f, 1.38825e-3f};
@@ -61,7 +61,7 @@ struct Vector<double> {
   static constexpr int mantissa = 52, bias = 1023;
   static constexpr double round = 6755399441055744.;  // 1.5 * 2^52
   static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
-  static constexpr double largest = 708.;
+  static constexpr double largest = 709.;
   static constexpr double saturated = 19.1;
   static constexpr double series[] = {1. / 2,       1. / 6,        1. / 24,        1. / 120,
                                       1. / 720,     1. / 5040,     1. / 40320,     1. / 362880,
@@ -161,7 +161,7 @@ struct Math : Vector<T> {
   }
 
   // tanh(c) once more, of which h = o tanh(c) is at hand
-  static SIRE_FN V tanh_again(V, V h, V o) { return h / o; }
+  static SIRE_FN V tanh_again(V, V h, V o) { return o == 0 ? h : h / o; }
 
   static SIRE_FN V relu(V x) { return x < 0 ? V{} : x; }
   static SIRE_FN V positive(V condition, V value) { return condition <= 0 ? V{} : value; }
