@@ -71,6 +71,13 @@ class Memory {
                              std::to_string(bytes) + " bytes");
   }
 
+  // Gives blocks that nobody holds back to the system, from one on; the pool is locked.
+  static void unmap(Pool& at, std::vector<Block>::iterator first) {
+    for (auto b = first; b != at.free.end(); ++b) munmap(b->p, b->bytes);
+    at.blocks -= at.free.end() - first;
+    at.free.erase(first, at.free.end());
+  }
+
   static size_t whole(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
   static Block small(size_t bytes) {
@@ -81,6 +88,7 @@ class Memory {
 
   // The smallest free block that fits, and is not much larger than a new one, or a new one.
   static Block large(size_t bytes, bool lent) {
+    if (bytes > SIZE_MAX / 2) fail(bytes);
     size_t unit = kLarge / 16;
     while (16 * unit < bytes) unit *= 2;
     // the next call may want a little more
@@ -93,9 +101,7 @@ class Memory {
       const auto old = std::partition(at.free.begin(), at.free.end(), [&](const Block& b) {
         return at.taken - b.given < kUnused * at.blocks;
       });
-      for (auto b = old; b != at.free.end(); ++b) munmap(b->p, b->bytes);
-      at.blocks -= at.free.end() - old;
-      at.free.erase(old, at.free.end());
+      unmap(at, old);
       auto best = at.free.end();
       for (auto b = at.free.begin(); b != at.free.end(); ++b)
         if (bytes <= b->bytes && b->bytes <= most && (best == at.free.end() || b->bytes < best->bytes))
@@ -106,7 +112,17 @@ class Memory {
         return found;
       }
     }
-    void* mapped = mmap(nullptr, rounded + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const auto map = [&] {
+      return mmap(nullptr, rounded + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    };
+    void* mapped = map();
+    if (mapped == MAP_FAILED) {  // a limit of the process's memory counts what is kept too
+      {
+        const std::lock_guard<std::mutex> lock(at.mutex);
+        unmap(at, at.free.begin());
+      }
+      mapped = map();
+    }
     if (mapped == MAP_FAILED) fail(bytes);
     const size_t before = -reinterpret_cast<uintptr_t>(mapped) % kHuge;  // not every kernel aligns it
     char* p = static_cast<char*>(mapped) + before;
