@@ -368,11 +368,15 @@ def _check_backward(cell: str, backend: str, arithmetic: str, recompute: bool, g
     _check(cell, backend, arithmetic, *inputs)
     x, h0, swaps = inputs[0], inputs[5], inputs[7]
     *outputs, of_gates, of_spans = _shapes(cell, backend, recompute, x, h0, swaps, spans.shape[0], True)
-    expected = [shape or (0,) for shape in (*outputs, outputs[0], outputs[5], of_gates, of_spans)]
-    for tensor, shape in zip([*grads, h, cells, gates, spans], expected, strict=True):
-        if tensor is not None and tensor.shape != shape:
-            got = tuple(tensor.shape)
-            raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of shape {shape}, got {got}")
+    shapes, tensors = [*outputs, outputs[0], outputs[5], of_gates, of_spans], [*grads, h, cells, gates, spans]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for n, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor is None and (shape is None or n < _DIFFERENTIABLE):
+            continue
+        expected = shape or (0,), x.dtype if tensor is gates else wide, x.device
+        got = None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device)
+        if got != expected:
+            raise ValueError(f"swap_rnn_backward: expected a gradient or kept tensor of {expected}, got {got}")
 
 
 @torch.library.register_fake("sire_fast::swap_rnn_backward")
@@ -395,7 +399,7 @@ def _backward(
 
 def _contiguous(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """As the kernels, which read raw memory, want them."""
-    return [t if t is None else t.contiguous() for t in tensors]
+    return [t if t is None else t.contiguous().resolve_neg() for t in tensors]
 
 
 _REFERENCE = 'sire_fast.backends.use("reference") or backend="reference"'

@@ -148,6 +148,22 @@ def test_closed_output_gates(gate: float) -> None:
     assert_as_good_as_reference("lstm", arguments, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("kernel", _C.instruction_sets(), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("state", "infinite"), [("h0", False), ("c0", False), ("c0", True)])
+def test_closed_gates_let_nothing_through(state: str, infinite: bool, dtype: torch.dtype, kernel: str) -> None:
+    """The smallest normal number is not 0: times the largest it is 4, and times infinity it hides what diverges."""
+    cell = "gru" if state == "h0" else "lstm"
+    arguments = cast(make(Case(cell, 3, 2, 17, 1)), dtype)
+    with torch.no_grad():
+        arguments["w_hh"].zero_()
+        arguments["x_proj"][..., 17:34] = -1e4  # z or f
+        arguments[state][0] = torch.inf if infinite else torch.finfo(dtype).max
+    truth, ours = (oracle.outputs(cell, arguments, backend) for backend in ("reference", kernel))
+    assert truth.output[:, 0].isnan().all() == infinite
+    torch.testing.assert_close(ours.output, truth.output, equal_nan=True)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("backend", KERNELS)
 def test_not_a_number_stays_one(cell: str, backend: str) -> None:
@@ -276,11 +292,26 @@ def test_a_caller_holds_hardly_more_memory_than_it_asked_for() -> None:
         assert memoryview(held[-1]).nbytes <= 1.41 * size
 
 
-def test_no_memory_is_told_as_torch_does() -> None:
+@pytest.mark.parametrize("size", [1 << 60, (1 << 64) - 1])
+def test_no_memory_is_told_as_torch_does(size: int) -> None:
     with pytest.raises(
         RuntimeError, match=r"DefaultCPUAllocator: can't allocate memory: you tried to allocate \d+ bytes"
     ):
-        _C.Memory(1 << 60)
+        _C.Memory(size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems set no limit")
+def test_memory_that_is_kept_counts_where_memory_is_limited() -> None:
+    """As batch systems limit it: what nobody holds goes back before there is none."""
+    code = """
+import resource, sire_fast
+sire_fast._C.Memory(512 << 20)
+size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, 2 * (size + (256 << 20),))
+sire_fast._C.Memory(640 << 20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_large_memory_is_kept() -> None:
@@ -339,8 +370,12 @@ def test_any_strides(backend: str) -> None:
     strided["swaps"] = plain["swaps"].flip(-1).contiguous().flip(-1).transpose(0, 1).contiguous().transpose(0, 1)
     strided["ends"] = plain["ends"].t().contiguous().t()
     assert not strided["x_proj"].is_contiguous()
-    for name, value in run("lstm", strided, backend).items():
-        assert torch.equal(value, truth[name]), name
+    # as of the imaginary part of a conjugate: the sign is not in the memory
+    negated = plain | {name: torch._neg_view(-plain[name].detach()).requires_grad_() for name in oracle.TENSORS}
+    assert negated["x_proj"].is_neg()
+    for arguments in (strided, negated):
+        for name, value in run("lstm", arguments, backend).items():
+            assert torch.equal(value, truth[name]), name
 
     # gradients that arrive expanded, as those of a sum do, or transposed
     outputs = functional.swap_rnn("lstm", **plain, backend=backend)
@@ -428,6 +463,21 @@ def test_one_swap_by_hand(backend: str) -> None:
     assert run.output.flatten().tolist() == [1, 4, 11]
     assert run.variants.flatten().tolist() == [17, 5]
     assert run.penalty.tolist() == [[36, 1]]
+
+
+@pytest.mark.parametrize("lacks", ["cells", "spans", "of another dtype"])
+def test_the_gradients_operator_refuses_what_kernels_would_read_beyond(lacks: str) -> None:
+    """Who calls it himself may hand over less memory than the sizes tell."""
+    a = cast(make(Case("lstm", 4, 3, 5, 2)), torch.float32)
+    ends, lengths = reference.fill_defaults(a["x_proj"], a["swaps"], None, None)
+    tensors = [a[name] if a[name] is None else a[name].detach() for name in oracle.TENSORS]
+    given = ("lstm", "cpu", "float32", False), (*tensors, a["swaps"], ends, lengths)
+    rows = ops.span_rows("cpu", 4, a["swaps"], ends, lengths, None)
+    h, *_, cells, _, gates, spans = torch.ops.sire_fast.swap_rnn(*given[0], *given[1], rows, True)
+    grads = [torch.ones_like(h, dtype=torch.bfloat16 if lacks == "of another dtype" else None), *[None] * 6]
+    kept = (h, None if lacks == "cells" else cells, gates, spans[1:] if lacks == "spans" else spans)
+    with pytest.raises(ValueError, match=r"expected a gradient or kept tensor of .* got|span_rows: expected at least"):
+        torch.ops.sire_fast.swap_rnn_backward(*given[0], grads, *given[1], *kept, [n != 1 and n != 2 for n in range(7)])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
