@@ -48,7 +48,7 @@ class _SwapLayer(nn.RNNBase):
         self._set_swaps(swaps, compare, weight, recompute)
 
     def _set_swaps(self, swaps: Sampler | None, compare: str, weight: Weight | None, recompute: bool) -> None:
-        _check_settings(swaps, compare)
+        _check_settings(swaps, compare, weight)
         self._ledger = Ledger(weight)
         self.swaps, self.compare, self.recompute = swaps, compare, recompute
         self._exchanged = self._warned = False
@@ -201,7 +201,7 @@ class _SwapLayer(nn.RNNBase):
 
     def _is_torchs(self, input: Tensor | PackedSequence, hx: Any) -> bool:
         """Whether torch's own forward is to answer: with an error, where the input's form or device, or the states'
-        form or dtype, does not fit, or with empty tensors."""
+        form, device or dtype, does not fit, or with empty tensors."""
         weight = self.weight_hh_l0
         if isinstance(input, Tensor) and (
             0 in input.shape[:-1] or input.dim() not in (2, 3) or input.device != weight.device
@@ -212,7 +212,7 @@ class _SwapLayer(nn.RNNBase):
         states = hx if self._two_states else (hx,)
         if len(states) != (2 if self._two_states else 1) or not all(isinstance(s, Tensor) for s in states):
             return True
-        if isinstance(input, Tensor) and any(s.dim() != input.dim() for s in states):
+        if isinstance(input, Tensor) and any(s.dim() != input.dim() or s.device != input.device for s in states):
             return True
         fits = all(s.dtype == weight.dtype for s in states)
         return not fits and not torch.is_autocast_enabled(weight.device.type)
@@ -287,10 +287,10 @@ class _SwapLayer(nn.RNNBase):
         steps, batch, _ = x.shape
         if lengths is not None and isinstance(self.swaps, Adjacent) and self.swaps.k == "all":
             # as many as T has, whatever the lengths: a device need not be asked for their maximum
-            pairs = self.swaps(steps, batch, generator, x.device)
+            pairs = samplers.draw(self.swaps, steps, batch, generator, x.device)
             pairs = torch.where((pairs[..., 1] < lengths[:, None])[..., None], pairs, 0)
         else:
-            pairs = self.swaps(steps if lengths is None else lengths, batch, generator, x.device)  # type: ignore[misc]
+            pairs = samplers.draw(self.swaps, steps if lengths is None else lengths, batch, generator, x.device)
         self._tell_if_nothing(steps, pairs)
         return pairs
 
@@ -357,7 +357,8 @@ class RNN(_SwapLayer, nn.RNN):
             pair, or at the end, and the backward state after the pair, or at the start.
         weight: None where sire_fast.penalty(model) is added to the loss. Else the gradient of weight * penalty joins
             in the backward of the layer's outputs: a number, a 0-d tensor, or a function that gives one of them and is
-            asked in every backward (a scheduler; under a loss scale, lambda: 0.1 * scaler.get_scale()).
+            asked in every backward (a scheduler; under a loss scale, lambda: 0.1 * scaler.get_scale()). It gets no
+            gradient: one that is learned is refused.
         recompute: keep no gates for the backward but compute them again: less memory, more time (a fused layer's).
 
     The remaining arguments are those of torch.nn.RNN. Swaps are drawn from torch's own random numbers, in training mode
@@ -450,11 +451,13 @@ torch.serialization.add_safe_globals(
 )
 
 
-def _check_settings(swaps: Any, compare: str) -> None:
+def _check_settings(swaps: Any, compare: str, weight: Any) -> None:
     if swaps is not None and (not callable(swaps) or isinstance(swaps, type)):
         raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
     if compare not in COMPARES:
         raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
+    if swaps is None and weight is not None:
+        raise ValueError(f"weight: expected None without swaps, which alone have a penalty, got {weight!r}")
 
 
 def has_own_forward(layer: nn.RNNBase) -> bool:
@@ -523,7 +526,7 @@ def convert(
           (0): GRU(3, 5, swaps=Uniform(k=4), compare=end)
         )
     """
-    _check_settings(swaps, compare)
+    _check_settings(swaps, compare, weight)
     Ledger(weight)  # checks it
     found: list[tuple[str, Any]] = [
         (name, m) for name, m in model.named_modules() if isinstance(m, (nn.RNN, nn.GRU, nn.LSTM))

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from sire_fast import backends, functional
 from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, States
-from sire_fast.reference import SwapRNN, check_swaps, fill_defaults, with_variants
+from sire_fast.reference import SwapRNN, check_swaps, fill_defaults, squared_distance, with_variants
 
 Weights = tuple[Tensor, ...]
 
@@ -209,7 +209,7 @@ def spans(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs
     ended = [s.unflatten(0, (batch, -1)) for s in (own.h_n, own.c_n) if s is not None]
     # a pair that exchanges nothing is the original
     ended = [torch.where((i < j)[..., None], s, s0) for s, s0 in zip(ended, base, strict=True)]
-    compared = Compared(_distance(ended[0], base[0]), x, ends, ended[0], run.cells, (*ended, None)[1])
+    compared = Compared(squared_distance(ended[0], base[0]), x, ends, ended[0], run.cells, (*ended, None)[1])
     return x, tuple(torch.cat(s) for s in zip(*map(_last_states, last), strict=True)), compared
 
 
@@ -238,7 +238,7 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
         ended_cells = torch.cat(final[1][-network.directions() :].unbind(0), -1)  # (B, 1 + K, directions * H)
         cells, variant_cells = ended_cells[None, :, 0].expand(rows - 1, -1, -1), ended_cells[:, 1:]
     compared = Compared(
-        _distance(variants, base), base.transpose(0, 1), _numbered(variants), variants, cells, variant_cells
+        squared_distance(variants, base), base.transpose(0, 1), _numbered(variants), variants, cells, variant_cells
     )
     return y[:, :, 0].contiguous(), tuple(s[:, :, 0].contiguous() for s in final), compared
 
@@ -356,9 +356,3 @@ def _comparison(runs: list[SwapRNN], stops: list[Tensor]) -> Compared:
 def _numbered(variants: Tensor) -> Tensor:
     """(B, K), the number of each variant in its sequence."""
     return torch.arange(variants.shape[1], device=variants.device).expand(len(variants), -1)
-
-
-def _distance(variants: Tensor, base: Tensor) -> Tensor:
-    """||variants - base||^2, (B, K), in at least float32."""
-    wide = torch.promote_types(variants.dtype, torch.float32)
-    return (variants.to(wide) - base.to(wide)).square().sum(-1)

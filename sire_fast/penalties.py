@@ -11,8 +11,8 @@ from sire_fast import ops
 from sire_fast.layers import _SwapLayer
 from sire_fast.ledger import warn
 from sire_fast.passes import Compared
-from sire_fast.reference import check_lengths, check_swaps, readable, with_variants
-from sire_fast.swaps import Sampler
+from sire_fast.reference import check_lengths, check_swaps, readable, squared_distance, with_variants
+from sire_fast.swaps import Sampler, draw
 
 
 def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None, state: str = "output") -> Tensor:
@@ -80,7 +80,7 @@ def _layer_penalty(layer: _SwapLayer, through: Callable[[Tensor], Tensor] | None
         if mark and each[-1].requires_grad:
             each[-1].register_hook(mark)
     if len(each) < 2:  # the usual case, in the fewest operations
-        return (each[0].mean() if each[0].numel() else each[0].sum()) if each else None
+        return _mean(each[0]) if each else None
     total = sum((p.sum().to(each[0].device) for p in each[1:]), each[0].sum())
     return total / max(sum(p.numel() for p in each), 1)
 
@@ -100,7 +100,7 @@ def _pass_penalty(layer: _SwapLayer, run: Compared, through: Callable[[Tensor], 
                 'state: "all" with compare="swap" needs c at every step, which this layer does not have: '
                 + "; ".join(layer.why_not_fused())
             )
-        each = each + (run.variant_cells - run.original(run.cells)).square().sum(-1)
+        each = each + squared_distance(run.variant_cells, run.original(run.cells))
     return each
 
 
@@ -125,24 +125,28 @@ def swap_penalty(
 
     Returns:
         Mean over sequences and variants of the squared distance between fn of a sequence and of its variant, summed
-        over all that fn returns for it; a scalar.
+        over all that fn returns for it; a scalar, in at least float32. 0 without sequences.
 
     Raises:
-        ValueError: swaps outside a sequence, or fn returns something else than (B, ...).
+        ValueError: an argument is none of the expected, swaps lie outside a sequence, or fn returns something else
+            than (B, ...).
 
     Example:
         >>> from sire_fast import swaps
         >>> swap_penalty(lambda x: x.sum(0), torch.ones(7, 4, 3), swaps.Uniform(2)).item()
         0.0
     """
+    if x.dim() < 2 or x.shape[1 if batch_first else 0] == 0:
+        layout = "(B, T, ...)" if batch_first else "(T, B, ...)"
+        raise ValueError(f"x: expected {layout} with at least one step, got {tuple(x.shape)}")
     sequences = x.transpose(0, 1) if batch_first else x
     steps, batch = sequences.shape[:2]
     if lengths is not None:
         check_lengths(steps, batch, lengths)
     if not isinstance(swaps, Tensor):
-        swaps = swaps(steps if lengths is None else lengths, batch, None, x.device)
+        swaps = draw(swaps, steps if lengths is None else lengths, batch, None, x.device)
     check_swaps(sequences, swaps, lengths)
-    if readable(swaps) and not (swaps[..., 0] < swaps[..., 1]).any():
+    if batch and readable(swaps) and not (swaps[..., 0] < swaps[..., 1]).any():
         warn(f"nothing to swap in these sequences of up to {steps} steps: the penalty is 0")
     rows = [*with_variants(sequences, swaps).unbind(2)]  # 1 + K of (T, B, ...)
     if batch_first:
@@ -150,12 +154,17 @@ def swap_penalty(
     base, *variants = _alike("fn", fn, rows, dim=0 if batch_first else 1)
     if not variants:
         return base.new_zeros(())
-    return _distances([base] * len(variants), variants).mean()
+    return _mean(_distances([base] * len(variants), variants))
+
+
+def _mean(each: Tensor) -> Tensor:
+    """Of no numbers it is 0."""
+    return each.mean() if each.numel() else each.sum()
 
 
 def _distances(a: list[Tensor], b: list[Tensor]) -> Tensor:
     """Squared distances of K pairs of (B, ...), as (B, K)."""
-    return (torch.stack(b, 1) - torch.stack(a, 1)).unsqueeze(-1).flatten(2).square().sum(-1)
+    return squared_distance(*(torch.stack(each, 1).unsqueeze(-1).flatten(2) for each in (a, b)))
 
 
 def _alike(name: str, fn: Callable[[Tensor], Tensor], inputs: list[Tensor], dim: int = 0) -> list[Tensor]:

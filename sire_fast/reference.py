@@ -83,11 +83,19 @@ def swap_rnn(
         # a pair that exchanges nothing gives the original to the last bit, whatever order a product sums in
         compared.append(torch.where((swaps[..., 0] == swaps[..., 1])[..., None], original, variants))
     variants, *variant_cells = compared
-    wide = torch.promote_types(variants.dtype, torch.float32)  # a sum of squares wants the digits
-    penalty = (variants.to(wide) - base[0].to(wide)).square().sum(-1)
+    penalty = squared_distance(variants, base[0])
     h_n, *c_n = (s[:, 0] for s in states)
     c, ended, last = (each[0] if each else None for each in (cells, variant_cells, c_n))
     return SwapRNN(output, h_n, last, variants, penalty, c, ended)
+
+
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """||a - b||^2 over the last dimension; real, and in at least float32: a sum of squares wants the digits."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    change = a.to(wide) - b.to(wide)
+    if change.is_complex():
+        change = torch.view_as_real(change).flatten(-2)
+    return change.square().sum(-1)
 
 
 def with_variants(x: Tensor, swaps: Tensor) -> Tensor:
@@ -186,6 +194,8 @@ def check_swaps(x: Tensor, swaps: Tensor, lengths: Tensor | None) -> None:
     steps, batch = x.shape[:2]
     if swaps.dim() != 3 or swaps.shape[::2] != (batch, 2) or swaps.dtype != torch.int64:
         raise ValueError(f"swaps: expected ({batch}, K, 2) int64, got {tuple(swaps.shape)} {swaps.dtype}")
+    if swaps.device != x.device:
+        raise ValueError(f"swaps: expected on {x.device}, the device of x, got {swaps.device}")
     check_positions(steps, swaps, *fill_defaults(x, swaps, None, lengths))
 
 

@@ -88,6 +88,22 @@ class _Drawn(ABC):
         return torch.where(counts[..., None] > 0, pairs, 0)
 
 
+def draw(
+    sampler: Any, lengths: int | Tensor, batch: int, generator: torch.Generator | None, device: torch.device
+) -> Tensor:
+    """What anybody's sampler draws.
+
+    Raises:
+        ValueError: it is no sampler, or draws no tensor.
+    """
+    if not callable(sampler) or isinstance(sampler, type):
+        raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or a tensor, got {sampler!r}")
+    pairs = sampler(lengths, batch, generator, device)
+    if not isinstance(pairs, Tensor):
+        raise ValueError(f"swaps: expected a tensor from {sampler}, got a {type(pairs).__name__}")
+    return pairs
+
+
 @dataclass(frozen=True)
 class Uniform(_Drawn):
     """k pairs, each uniform over all pairs i < j of the sequence.
@@ -150,7 +166,8 @@ class Adjacent(_Drawn):
 
     Args:
         k: number of pairs for each sequence, drawn uniformly; or "all" for each of the T - 1 pairs once
-            (shorter sequences in the batch get i == j in place of the pairs that they lack).
+            (shorter sequences in the batch get i == j in place of the pairs that they lack, which count as 0 in the
+            mean; under the `lengths` of a layer T is that of its input, padding included).
     """
 
     k: int | str  # type: ignore[assignment]

@@ -209,6 +209,49 @@ def test_penalty_through_a_head(dropout: float) -> None:
     assert torch.equal(before, torch.get_rng_state()) == (dropout == 0)  # as many draws as one call of the head
 
 
+@pytest.mark.parametrize("way", ["head", "function", "all states", "autocast"])
+def test_penalties_of_halves_are_summed_in_float32(way: str) -> None:
+    """float16 ends at 65504."""
+    dtype = torch.bfloat16 if way == "autocast" else torch.float16
+    layer = sire_fast.LSTM(4, 64, swaps=Adjacent("all"), compare="end")
+    layer.to(torch.float32 if way == "autocast" else dtype)
+    with torch.no_grad():
+        layer.weight_ih_l0 *= 9
+    x, head = torch.randn(6, 2, 4, dtype=layer.weight_ih_l0.dtype), nn.Linear(64, 8).to(layer.weight_ih_l0.dtype)
+
+    def large(h: Tensor) -> Tensor:
+        return head(h) * 5000
+
+    with torch.autocast("cpu", dtype, enabled=way == "autocast"):
+        layer(x)
+        run = layer._ledger.counting()[0][0]
+        if way == "function":
+            got, pair = sire_fast.swap_penalty(lambda x: x[0] * 5000, x, torch.tensor([[[0, 1]]] * 2)), x[:2] * 5000
+        elif way == "all states":
+            got, pair = sire_fast.penalty(layer, state="all"), (run.variant_cells, run.original(run.cells))
+        else:
+            got, pair = sire_fast.penalty(layer, through=large), (large(run.variants), large(run.original(run.output)))
+    a, b = (each.double() for each in pair)
+    expected = (a - b).square().sum(-1).mean()
+    if way == "all states":
+        expected = expected + sire_fast.penalty(layer)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
+def test_penalties_of_complex_numbers_are_real() -> None:
+    """The square of 1j is -1, which is no distance."""
+    layer = sire_fast.RNN(4, 6, swaps=lambda *_: torch.tensor([[[0, 1]]]), dtype=torch.complex128)
+    x = torch.randn(2, 1, 4, dtype=torch.complex128)
+    output, _ = layer(x)
+    other, _ = layer.eval()(x[[1, 0]])
+    expected = (output - other)[-1].abs().square().sum()
+    torch.testing.assert_close(sire_fast.penalty(layer.train()), expected)
+    function = sire_fast.swap_penalty(lambda x: layer.eval()(x)[0][-1], x, torch.tensor([[[0, 1]]]))
+    torch.testing.assert_close(function, expected)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 3}], ids=["layer", "layers"])
 @pytest.mark.parametrize("compare", ["end", "swap"])
 def test_penalty_of_all_states(compare: str, options: dict[str, Any]) -> None:
@@ -306,6 +349,13 @@ def test_swap_penalty_refuses() -> None:
     for lengths in ([5], [5, 5], [5.0, 5, 5]):
         with pytest.raises(ValueError, match=r"lengths: expected \(3,\) int64"):
             sire_fast.swap_penalty(lambda x: x[-1], x, torch.tensor([[[0, 1]]] * 3), lengths=torch.tensor(lengths))
+    for given, message in ((x[:, 0, 0], r"\(5,\)"), (x[:0], r"\(0, 3, 4\)")):
+        with pytest.raises(ValueError, match=rf"x: expected \(T, B, ...\) with at least one step, got {message}"):
+            sire_fast.swap_penalty(lambda x: x, given, Uniform(2))
+    for sampler in (None, Uniform, [[[0, 1]]], lambda *_: [[[0, 1]]] * 3):
+        with pytest.raises(ValueError, match="swaps: expected a "):
+            sire_fast.swap_penalty(lambda x: x[-1], x, sampler)
+    assert sire_fast.swap_penalty(lambda x: x[-1], x[:, :0], Uniform(2)).item() == 0  # NaN is the mean of nothing
     with pytest.warns(UserWarning, match="nothing to swap in these sequences"):
         assert sire_fast.swap_penalty(lambda x: x[-1], x, Uniform(2), lengths=torch.tensor([1, 1, 1])).item() == 0
 
@@ -344,7 +394,9 @@ def test_errors_are_torchs(name: str) -> None:
                 theirs(x)
             with pytest.raises(expected.type, match=re.escape(str(expected.value))):
                 ours(x)
-        wrong_states = [torch.randn(1, 6), torch.randn(7, 3, 6), torch.randn(1, 3, 2)]
+        rows = options.get("num_layers", 1)
+        elsewhere = torch.randn(rows, 3, 6, device="meta")
+        wrong_states = [torch.randn(1, 6), torch.randn(7, 3, 6), torch.randn(1, 3, 2), elsewhere]
         for h in wrong_states:
             hx = (h, h) if name == "LSTM" else h
             with pytest.raises((RuntimeError, ValueError)) as expected:
@@ -387,6 +439,19 @@ def test_refuses() -> None:
             layer.swaps = lambda *_, pairs=pairs: torch.tensor(pairs)
             with pytest.raises(ValueError, match="swaps: expected"):
                 layer(torch.randn(5, 1, 4))
+    for options in ({}, {"num_layers": 2}, {"num_layers": 2, "bidirectional": True}):
+        layer = sire_fast.GRU(4, 6, **options)
+        for made, message in (
+            ([[[0, 1]]], "a tensor from .*, got a list"),
+            (None, "a tensor from .*, got a NoneType"),
+            (torch.zeros(1, 1, 2, dtype=torch.int64, device="meta"), "on cpu, .*, got meta"),
+        ):
+            layer.swaps = lambda *_, made=made: made
+            with pytest.raises(ValueError, match=f"swaps: expected {message}"):
+                layer(torch.randn(5, 1, 4))
+    for make in (lambda: sire_fast.GRU(4, 6, weight=0.1), lambda: sire_fast.convert(nn.GRU(4, 6), None, weight=0)):
+        with pytest.raises(ValueError, match="weight: expected None without swaps"):
+            make()
 
 
 def test_refuses_lengths_that_cannot_be() -> None:
