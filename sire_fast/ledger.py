@@ -28,6 +28,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from sire_fast import ops
 from sire_fast.cells import States
 from sire_fast.passes import Compared
+from sire_fast.reference import readable
 
 _keys = itertools.count()
 
@@ -48,6 +49,10 @@ _COMPILED = "call it outside of the compiled function, where the weight joins by
 _TWICE = (
     "the penalty has joined a gradient with create_graph=True, and would join what is made of it once more: use "
     "convert(model), and add sire_fast.penalty(model) to the loss"
+)
+_LEARNED = (
+    "expected a tensor that wants no gradient, since a weight that joins by itself gets none: detach it, or add "
+    "weight * sire_fast.penalty(model) to the loss"
 )
 _COMPILED_AGAIN = (
     "a compiled layer draws no swaps in the first run of a checkpoint with use_reentrant=True: use use_reentrant=False"
@@ -221,6 +226,7 @@ class Ledger:
             raise ValueError(
                 f"weight: expected a number of at least 0, a 0-d tensor, a function or None, got {weight!r}"
             )
+        _check_not_learned(weight)
         self.weight = weight
         self.joins = weight is not None
         self._untrained: int | None = 0  # backwards that came through no penalty; None after one that did
@@ -437,15 +443,24 @@ class Ledger:
     def share(self, note: Note, like: Tensor) -> Tensor:
         """The gradient of each variant's penalty of a forward, 0-d."""
         note.differentiated = note.round.differentiated = True
-        weight = self.weight() if callable(self.weight) else self.weight
+        with torch.enable_grad():  # for what is made of a tensor that is learned to say so
+            weight = self.weight() if callable(self.weight) else self.weight
+        _check_not_learned(weight)
         if isinstance(weight, Real) and not 0 <= weight < math.inf:
             raise ValueError(f"weight: expected a number of at least 0 from {self.weight}, got {weight}")
         wide = torch.promote_types(like.dtype, torch.float32)
         try:
-            weight = torch.as_tensor(weight, dtype=wide).detach().reshape(())
+            weight = torch.as_tensor(weight, dtype=wide).reshape(())
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"weight: expected a number or a 0-d tensor from {self.weight}, got {weight!r}") from error
+        if readable(weight) and not 0 <= weight < math.inf:
+            raise ValueError(f"weight: expected a number of at least 0 from {self.weight}, got {weight.item()}")
         return weight.to(like.device) / max(note.round.count or note.count, 1)
+
+
+def _check_not_learned(weight: object) -> None:
+    if isinstance(weight, Tensor) and weight.requires_grad:
+        raise ValueError(f"weight: {_LEARNED}")
 
 
 _ledgers: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()

@@ -224,6 +224,10 @@ class AdaptiveWeight(_Adaptive):
         return f"AdaptiveWeight(weight={self.weight:g})"
 
 
+# so that a file of a whole model may hold them, see sire_fast.layers
+torch.serialization.add_safe_globals([AdaptiveSwaps, AdaptiveWeight])
+
+
 def parse(text: str) -> Sampler | None:
     """The sampler that a command line names: as sire_fast.swaps.parse, or one of those with a number of swaps behind
     "adaptive:", for AdaptiveSwaps.

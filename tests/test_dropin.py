@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sire_fast
 from sire_fast import backends, ledger
+from sire_fast.schedules import AdaptiveSwaps, AdaptiveWeight
 from sire_fast.swaps import Adjacent, Pairs, Uniform
 
 KINDS = {"RNN": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
@@ -194,9 +195,14 @@ def test_parametrizations_come_and_go() -> None:
     assert type(layer) is nn.GRU
 
 
-def test_a_model_is_read_with_torchs_classes_alone_allowed() -> None:
+@pytest.mark.parametrize(
+    ("swaps", "weight"),
+    [(Uniform(2), 0.1), (AdaptiveSwaps(Uniform(2)), AdaptiveWeight(0.1))],
+    ids=["fixed", "adaptive"],
+)
+def test_a_model_is_read_with_torchs_classes_alone_allowed(swaps: Any, weight: Any) -> None:
     model = nn.Sequential(Flexible(3, 4), nn.LSTM(4, 5))
-    sire_fast.convert(model, swaps=Uniform(2), weight=0.1)
+    sire_fast.convert(model, swaps=swaps, weight=weight)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -204,7 +210,7 @@ def test_a_model_is_read_with_torchs_classes_alone_allowed() -> None:
     with torch.serialization.safe_globals(allowed):
         twin = torch.load(file, weights_only=True)
     assert [type(m) for m in twin] == [type(m) for m in model]
-    assert twin[1].swaps == Uniform(2)
+    assert repr(twin) == repr(model)
     torch.testing.assert_close(twin[1](torch.ones(3, 2, 4))[0], model[1](torch.ones(3, 2, 4))[0])
 
 
@@ -1035,11 +1041,21 @@ def test_what_a_function_gives_must_be_a_weight(layer: sire_fast.GRU) -> None:
         layer(X)[0].sum().backward()
 
 
-@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
-def test_a_schedule_that_has_run_past_its_end_is_told(layer: sire_fast.GRU, wrong: float) -> None:
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf"), torch.tensor(-0.1)])
+def test_a_schedule_that_has_run_past_its_end_is_told(layer: sire_fast.GRU, wrong: float | Tensor) -> None:
     """A weight below 0 would ask for sensitivity to order."""
     sire_fast.convert(layer, weight=lambda: wrong)
     with pytest.raises(ValueError, match=r"weight: expected a number of at least 0 from .*, got"):
+        layer(X)[0].sum().backward()
+
+
+def test_a_weight_is_not_learned_in_silence(layer: sire_fast.GRU) -> None:
+    """One that is learned (by its uncertainty, say) would stay what it is."""
+    weight = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(ValueError, match="weight: expected a tensor that wants no gradient"):
+        sire_fast.convert(layer, weight=weight)
+    sire_fast.convert(layer, weight=lambda: weight.exp())
+    with pytest.raises(ValueError, match="weight: expected a tensor that wants no gradient"):
         layer(X)[0].sum().backward()
 
 
