@@ -223,6 +223,15 @@ def test_inspects_a_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> N
     assert not {path.name for path in out.iterdir()} & set(INSPECTED)
 
 
+def test_that_it_takes_hours_is_told_before_they_pass(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch):
+    assert command(capsys, "train", "parity", "--steps", 3, "--hidden", 4, "--out", tmp_path)[0] == 0
+    monkeypatch.setattr(cli, "_LONG", 0)
+    code, _, err = command(capsys, "inspect", tmp_path, "--length", 6, "--examples", 4)
+    assert code == 0
+    assert err.count("\n") == 1
+    assert "inspect: may take 0.0 hours, for 60 orders and swaps of sequences of length 6; fewer with --length" in err
+
+
 def test_bad_input_is_told_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for arguments in ((tmp_path / "none",), (tmp_path, "--length", 1), (tmp_path, "--examples", 0)):
         code, told, err = command(capsys, "inspect", *arguments)

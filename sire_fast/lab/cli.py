@@ -13,6 +13,7 @@ import os
 import platform
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,8 @@ _METHODS = {"plain": ("without SIRE", "none"), "sire": ("with SIRE", DEMO.swaps)
 _PICTURE = "demo.png"
 _CHECKED = ("float32", "bfloat16", "float16")  # dtypes
 _LARGEST = 4096  # units
+_ORDERS = 20  # random ones of `inspect`
+_LONG = 0.1  # hours of `inspect` that are told before they pass
 _INSPECT_SEED = 1 << 42  # of the sequences: no run's seed
 
 # of typer's own click or of the package click, whichever it brings
@@ -249,14 +252,32 @@ def inspect_command(
         length = length or task.train_lengths[-1]
         x, _ = task.sample(length, examples, torch.Generator().manual_seed(_INSPECT_SEED))
         features = model.features[x.to(model.features.device)]
+    before: tuple[float, int] | None = (time.monotonic(), 0)
     with _passing_progress() as progress:
         bar = progress.add_task("orders and swaps", total=None)
+
+        def report(done: int, total: int) -> None:
+            nonlocal before
+            progress.update(bar, completed=done, total=total)
+            now = time.monotonic()
+            if done <= _ORDERS:
+                before = now, done
+            elif before:  # the first swaps, which tell how long the others take
+                hours = (now - before[0]) / (done - before[1]) * total / 3600
+                before = None
+                if hours >= _LONG:
+                    _complain(
+                        f"inspect: may take {hours:,.1f} hours, for {total:,} orders and swaps of sequences of length "
+                        f"{length}; fewer with --length"
+                    )
+
         found = inspect(
             model.layer,
             features,
             through=lambda h: task.answer(model.head(h)),
             boundaries=task.boundaries,
-            report=lambda done, total: progress.update(bar, completed=done, total=total),
+            orders=_ORDERS,
+            report=report,
         )
     config = chosen.config
     title = f"{config.task}, {config.cell}, {examples} sequences of length {length}"
