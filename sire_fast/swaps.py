@@ -75,7 +75,9 @@ class _Drawn(ABC):
             lengths = _as_lengths(lengths, batch, device)
             device = lengths.device
         drawn_on = device if generator is None else generator.device
-        uniform = torch.empty(batch, self.k, dtype=torch.float64, device=drawn_on).uniform_(generator=generator)
+        # not in place, for which vmap has no rule; with None for a generator a trace takes no symbols of sizes
+        source: dict[str, Any] = {} if generator is None else {"generator": generator}
+        uniform = torch.rand(batch, self.k, dtype=torch.float64, device=drawn_on, **source)
         if generator is not None:
             uniform = uniform.to(device or torch.get_default_device())
         if number:

@@ -1002,6 +1002,7 @@ def test_all_runs_of_compiled_functions_count(layer: sire_fast.GRU) -> None:
         sire_fast.penalty(layer)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's
 def test_each_thread_has_its_own_runs_of_a_compiled_function(layer: sire_fast.GRU) -> None:
     torch._dynamo.reset()
     run = torch.compile(lambda x: layer(x)[0].sum(), backend="aot_eager")
@@ -1376,6 +1377,31 @@ def test_transforms_with_swaps(layer: sire_fast.GRU) -> None:
     sire_fast.convert(layer, swaps=Adjacent("all"), compare="end", weight=1.0)
     joined = torch.func.grad(lambda p, x: torch.func.functional_call(layer, p, (x,))[0].square().sum())(parameters, X)
     torch.testing.assert_close(joined, found)
+
+
+def test_gradients_of_each_sequence_have_swaps_of_their_own() -> None:
+    """vmap's randomness="different" has no rule for numbers that are drawn in place."""
+    drawn = []
+
+    def sampler(*arguments: Any) -> Tensor:
+        drawn.append(Uniform(2)(*arguments))
+        return drawn[-1]
+
+    layer = sire_fast.GRU(3, 4, swaps=sampler).double()
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+    x = torch.randn(30, 4, 3, dtype=torch.float64)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        torch.func.functional_call(layer, parameters, (x[:, None],))
+        return sire_fast.penalty(layer), drawn[-1]
+
+    each = torch.func.vmap(torch.func.grad(loss, has_aux=True), (None, 1), randomness="different")
+    found, pairs = each(parameters, x)
+    assert len(pairs.flatten(1).unique(dim=0)) == 4
+    sire_fast.convert(layer, swaps=lambda *_: pairs[:, 0], compare="end")
+    layer(x)
+    sire_fast.penalty(layer).backward()
+    torch.testing.assert_close([found[name].mean(0) for name in parameters], _gradients(layer))
 
 
 def test_ensembles() -> None:
