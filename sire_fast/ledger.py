@@ -446,8 +446,6 @@ class Ledger:
         with torch.enable_grad():  # for what is made of a tensor that is learned to say so
             weight = self.weight() if callable(self.weight) else self.weight
         _check_not_learned(weight)
-        if isinstance(weight, Real) and not 0 <= weight < math.inf:
-            raise ValueError(f"weight: expected a number of at least 0 from {self.weight}, got {weight}")
         wide = torch.promote_types(like.dtype, torch.float32)
         try:
             weight = torch.as_tensor(weight, dtype=wide).reshape(())
