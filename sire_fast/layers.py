@@ -177,7 +177,7 @@ class _SwapLayer(nn.RNNBase):
             output, last = self._ledger.enter([], [], compared, output, last if self._two_states else (last,))
             return output, self._tuple(last)
         x, lengths, states, restore = self._unify(input, hx, lengths)
-        pairs = Pairs(self._draw(x, lengths), self.compare, self._longest)
+        pairs = self._draw(x, lengths)
         output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)
         weights = [w for layer in network.weights for direction in layer for w in direction]
         return _returned(output, *self._ledger.enter(weights, [x, *states], compared, output, last), restore)
@@ -189,7 +189,7 @@ class _SwapLayer(nn.RNNBase):
             return self._ledger.note(self.weight_hh_l0.new_zeros(0))
         x, lengths, states, _ = self._unify(input, hx, lengths)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            pairs = Pairs(self._draw(x, lengths, self._ledger.watcher), self.compare, self._longest)
+            pairs = self._draw(x, lengths, self._ledger.watcher)
             return self._ledger.note(passes.with_swaps(self._network, x, lengths, states, pairs)[-1].penalty)
 
     def _look_for_training(self, output: Any, last: Any) -> None:
@@ -282,8 +282,9 @@ class _SwapLayer(nn.RNNBase):
         h = x.new_zeros(layers, x.shape[1], self.proj_size or self.hidden_size)
         return (h, x.new_zeros(layers, x.shape[1], self.hidden_size)) if self._two_states else (h,)
 
-    def _draw(self, x: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
-        """Pairs (B, K, 2) from the sampler."""
+    def _draw(self, x: Tensor, lengths: Tensor | None, generator: torch.Generator | None = None) -> Pairs:
+        """From the sampler."""
+        _check_compare(self.compare)  # which may have been set since
         steps, batch, _ = x.shape
         if lengths is not None and isinstance(self.swaps, Adjacent) and self.swaps.k == "all":
             # as many as T has, whatever the lengths: a device need not be asked for their maximum
@@ -292,7 +293,7 @@ class _SwapLayer(nn.RNNBase):
         else:
             pairs = samplers.draw(self.swaps, steps if lengths is None else lengths, batch, generator, x.device)
         self._tell_if_nothing(steps, pairs)
-        return pairs
+        return Pairs(pairs, self.compare, self._longest)
 
     def _tell_if_nothing(self, steps: int, pairs: Tensor) -> None:
         """Warn once of sequences of one step, or of swaps that exchange nothing while none has exchanged anything."""
@@ -454,10 +455,14 @@ torch.serialization.add_safe_globals(
 def _check_settings(swaps: Any, compare: str, weight: Any) -> None:
     if swaps is not None and (not callable(swaps) or isinstance(swaps, type)):
         raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
-    if compare not in COMPARES:
-        raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
+    _check_compare(compare)
     if swaps is None and weight is not None:
         raise ValueError(f"weight: expected None without swaps, which alone have a penalty, got {weight!r}")
+
+
+def _check_compare(compare: str) -> None:
+    if compare not in COMPARES:
+        raise ValueError(f"compare: expected one of {', '.join(COMPARES)}, got {compare!r}")
 
 
 def has_own_forward(layer: nn.RNNBase) -> bool:

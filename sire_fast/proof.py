@@ -422,10 +422,7 @@ def _checked(name: str, layer: _SwapLayer, input: Any, hx: Any = None, lengths: 
     network = layer._network._replace(dropout=0.0, training=True)
     x, lengths, states, _ = layer._unify(input, hx, lengths)
     generator = torch.Generator(x.device).manual_seed(0)
-    pairs = None
-    if layer.swaps is not None:
-        drawn = layer._draw(x, lengths, generator)
-        pairs = Pairs(drawn, layer.compare, layer._longest)
+    pairs = None if layer.swaps is None else layer._draw(x, lengths, generator)
     call = network.call()
     backend = passes.backend(network)
     by = "torch's layer" if backend == "torch" else backend

@@ -423,6 +423,10 @@ def test_errors_are_torchs(name: str) -> None:
 def test_refuses() -> None:
     with pytest.raises(ValueError, match="compare: expected one of end, swap, got 'middle'"):
         sire_fast.GRU(4, 6, compare="middle")
+    layer = sire_fast.GRU(4, 6, swaps=Uniform(1))
+    layer.compare = "End"
+    with pytest.raises(ValueError, match="compare: expected one of end, swap, got 'End'"):
+        layer(torch.randn(3, 2, 4))
     with pytest.raises(ValueError, match="swaps: expected a sampler"):
         sire_fast.GRU(3, 4, swaps=Uniform)
     with pytest.raises(ValueError, match="swaps: expected a sampler"):
