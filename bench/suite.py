@@ -254,7 +254,8 @@ def run(quick: bool = False) -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     """What the result depends on, the rivals' part included."""
     machine = benchmark.machine()
-    machine["versions"] |= {name: version(name) for name in ("jax",) if find_spec(name)}
+    if find_spec("jax"):
+        machine["versions"]["jax"] = version("jax")
     held = {name: value for name, value in os.environ.items() if name.startswith(_HELD_BY)}
     return machine | {"torch_instruction_set": torch.backends.cpu.get_cpu_capability(), "environment": held}
 

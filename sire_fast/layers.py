@@ -453,7 +453,7 @@ torch.serialization.add_safe_globals(
 
 
 def _check_settings(swaps: Any, compare: str, weight: Any) -> None:
-    if swaps is not None and (not callable(swaps) or isinstance(swaps, type)):
+    if swaps is not None and not samplers.is_sampler(swaps):
         raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or None, got {swaps!r}")
     _check_compare(compare)
     if swaps is None and weight is not None:

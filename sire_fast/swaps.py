@@ -90,6 +90,11 @@ class _Drawn(ABC):
         return torch.where(counts[..., None] > 0, pairs, 0)
 
 
+def is_sampler(given: object) -> bool:
+    """Whether something can be called for pairs; a class of samplers is none."""
+    return callable(given) and not isinstance(given, type)
+
+
 def draw(
     sampler: Any, lengths: int | Tensor, batch: int, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
@@ -98,7 +103,7 @@ def draw(
     Raises:
         ValueError: it is no sampler, or draws no tensor.
     """
-    if not callable(sampler) or isinstance(sampler, type):
+    if not is_sampler(sampler):
         raise ValueError(f"swaps: expected a sampler (see sire_fast.swaps) or a tensor, got {sampler!r}")
     pairs = sampler(lengths, batch, generator, device)
     if not isinstance(pairs, Tensor):
