@@ -184,7 +184,8 @@ def spans(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs
     original's states and whose outputs are the next layer's inputs."""
     steps, batch, _ = x.shape
     check_swaps(x, pairs.swaps, lengths)
-    if not pairs.swaps.shape[1]:  # nothing to swap: one pair that exchanges nothing
+    count = pairs.swaps.shape[1]
+    if not count:  # a kernel wants a sequence: one pair that exchanges nothing runs along, and is not counted
         pairs = pairs._replace(swaps=pairs.swaps.new_zeros(batch, 1, 2))
     ends = pairs.ends(x, lengths)
     i, j = pairs.swaps.unbind(-1)
@@ -205,8 +206,9 @@ def spans(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs
         if n < len(network.weights) - 1 and network.dropout:
             mask = nn.functional.dropout(torch.ones_like(x), network.dropout)
             x, variants = x * mask, variants * mask[t, b].flatten(1, 2)
+    i, j, ends = i[:, :count], j[:, :count], ends[:, :count]
     base = [track[ends, b] for track in _tracks(run)]
-    ended = [s.unflatten(0, (batch, -1)) for s in (own.h_n, own.c_n) if s is not None]
+    ended = [s.unflatten(0, (batch, -1))[:, :count] for s in (own.h_n, own.c_n) if s is not None]
     # a pair that exchanges nothing is the original
     ended = [torch.where((i < j)[..., None], s, s0) for s, s0 in zip(ended, base, strict=True)]
     compared = Compared(squared_distance(ended[0], base[0]), x, ends, ended[0], run.cells, (*ended, None)[1])

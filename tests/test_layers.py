@@ -296,6 +296,24 @@ def test_no_pair_to_swap_is_no_penalty() -> None:
     assert sire_fast.penalty(layer).item() == 0
 
 
+@pytest.mark.parametrize(("name", "options"), LAYERS)
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.filterwarnings("ignore:.*nothing to swap")
+def test_what_has_no_pair_does_not_count(name: str, options: dict[str, Any], weight: float | None) -> None:
+    """Sequences of one step have no variants, and must not thin the mean of those that have."""
+    layer, _ = build(name, options | {"batch_first": False}, swaps=Adjacent("all"))
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=weight)
+
+    def gradients(*lengths: int) -> list[Tensor | None]:
+        torch.manual_seed(1)
+        layer.zero_grad()
+        ran = sum(layer(torch.randn(n, 20, 4, dtype=torch.float64))[0].sum() for n in lengths)
+        (0 * ran if weight else sire_fast.penalty(layer)).backward()
+        return [p.grad for p in layer.parameters()]
+
+    torch.testing.assert_close(gradients(6, 1), gradients(6))
+
+
 def test_penalty_when_there_is_none() -> None:
     with pytest.raises(ValueError, match="expected a sire_fast layer in it, found none"):
         sire_fast.penalty(nn.GRU(4, 6))
