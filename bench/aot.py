@@ -36,6 +36,7 @@ from sire_fast.backends.cuda import Chip
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
+from sire_fast.proof import first_line
 
 CAPABILITIES = (80, 90, 100)
 ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -189,7 +190,7 @@ def _done_or_not(work: Callable[[Job], Any], job: Job) -> Any:
     try:
         return work(job)
     except Exception as error:  # whatever a compiler dies of
-        return f"{type(error).__name__}: {error}".split("\n")[0]
+        return first_line(error)
 
 
 def done_all(work: Callable[[Job], Any], todo: Sequence[Job], processes: int | None) -> Iterator[Any]:

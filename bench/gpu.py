@@ -31,8 +31,8 @@ import torch
 
 from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases, first_line
 from bench.processes import WORKERS, Lost, answers, broken
-from sire_fast import backends, proof, swaps
-from sire_fast.backends import cuda
+from sire_fast import backends, passes, proof, swaps
+from sire_fast.backends import cuda, gpu
 from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio, write
@@ -98,7 +98,7 @@ def plan(device: str) -> list[Item]:
     def add(sizes: tuple[Any, ...], arithmetics: str, names: tuple[str, ...] = SIRE, *goals: Goal, **more: Any) -> None:
         pairs, compare = more.get("variants", ("uniform:8", "end"))
         for arithmetic in arithmetics.split():
-            dtype = str(DTYPES[arithmetic]).removeprefix("torch.")
+            dtype = gpu.name_of(DTYPES[arithmetic])
             if dtype in benchmark.DTYPES:  # no others are settings
                 setting = Setting(*sizes, pairs, compare, dtype, device)
                 there = tuple(n for n in names if n not in TORCHRL or n in benchmark.contestants(setting))
@@ -340,7 +340,7 @@ def as_json(item: Item, measured: Measured, speed: Mapping[str, float]) -> dict[
 
     def contestant(name: str, found: dict[str, list[float]]) -> dict[str, Any]:
         latency = item.setting.T * speed.get("barrier", 0)
-        swapped = not name.endswith("plain")
+        swapped = not name.endswith(("plain", "torchrl"))
         least = work(item.setting, swapped).floor(speed[item.arithmetic], speed["bandwidth"], latency)
         told: dict[str, Any] = {"peak_bytes": found["peak"]}
         for what, floor in least.items():
@@ -376,8 +376,7 @@ def prepare(item: Item, name: str, checks: bool) -> Checked:
     check it there."""
     setting, found = item.setting, Checked(name, _CELLS[item.setting.cell], item.arithmetic)
     if checks and name in backends.KERNELS:
-        reach = getattr(swaps.parse(setting.swaps), "reach", None) if setting.compare == "swap" else None
-        longest = None if reach is None else reach + 1  # as a layer tells it
+        longest = passes.longest_span(swaps.parse(setting.swaps), setting.compare)
         sizes = min(setting.T, 20), setting.B, setting.H
         case = Case(*sizes, setting.swaps, setting.compare, setting.I, longest=longest)
         check_cases(found, [case], setting.device)

@@ -109,8 +109,7 @@ def check_case(
     """The errors of a kernel that are too large in one case, and what else is wrong there."""
     with arithmetic_of(arithmetic):
         arguments = proof.make(cell, case, draw, DTYPES[arithmetic], device)
-        told = {"longest": case.longest} if case.longest else {}
-        kernel = partial(functional.swap_rnn, cell, backend=backend, recompute=case.recompute, **told)
+        kernel = partial(functional.swap_rnn, cell, backend=backend, recompute=case.recompute, longest=case.longest)
         ours = partial(proof.run, kernel)
         with _poisoned():
             values = ours(arguments)

@@ -17,11 +17,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
 
 from bench.gpu import Item, first_line, kernels, measure, seconds_of
 from bench.processes import WORKERS, answers, broken
 from sire_fast import functional, swaps
+from sire_fast.backends import gpu
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import Launch
@@ -48,7 +48,7 @@ class Tuned(NamedTuple):
     def key(self) -> tuple[str, int, str, int]:
         """Of TUNED."""
         arithmetic = launches.arithmetic(self.dtype)
-        return self.cell, max(16, triton.next_power_of_2(self.hidden)), arithmetic, self.capability
+        return self.cell, gpu.padded(self.hidden), arithmetic, self.capability
 
     @property
     def in_use(self) -> Launch:
@@ -117,13 +117,12 @@ def fastest(what: Tuned, candidates: Sequence[Launch]) -> dict[Launch, float]:
 
 def winner(cell: str, hidden: int, dtype: torch.dtype, device: str, kernels: Sequence[str]) -> tuple[str, str]:
     """Who is the fastest in a training step of a layer, a backend or "torch"; and the microseconds per step of all."""
-    name = str(dtype).removeprefix("torch.")
     setting = Setting(
         {"gru": "GRU", "lstm": "LSTM"}.get(cell, "RNN"),  # tanh stands for relu, whose step is no longer
         STEPS, SEQUENCES, hidden, hidden,
-        f"uniform:{SWAPS}", "end", name, device,
+        f"uniform:{SWAPS}", "end", gpu.name_of(dtype), device,
     )  # fmt: skip
-    measured = measure(Item(setting, name, ()), [*kernels, "stacked"], rounds=ROUNDS)
+    measured = measure(Item(setting, setting.dtype, ()), [*kernels, "stacked"], rounds=ROUNDS)
     medians = {
         "torch" if who == "stacked" else who: quartiles(found["step"]).median
         for who, found in measured.items()
@@ -167,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"    {what.key}: {best},  # {1e6 * took / STEPS:.2f} us a step, before {before}")
         launches.TUNED[what.key] = best
         first, told = winner(what.cell, what.hidden, what.dtype, what.device, kernels())
-        key = what.cell, what.key[1], str(what.dtype).removeprefix("torch."), what.capability
+        key = what.cell, what.key[1], gpu.name_of(what.dtype), what.capability
         print(f"    {key}: {first!r},  # us a step: {told}", flush=True)
     if len(compiled) < len(todo):
         print(f"bench.tune: no time for {len(todo) - len(compiled)} of {len(todo)}", file=sys.stderr)

@@ -48,7 +48,7 @@ def arithmetic(dtype: torch.dtype) -> str:
     is a sum of two TF32 numbers."""
     if dtype == torch.float32:
         return "tf32" if gpu.allows_tf32() else "tf32x3"
-    return str(dtype).removeprefix("torch.")
+    return gpu.name_of(dtype)
 
 
 def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
@@ -61,7 +61,7 @@ def launch(cell: str, hidden: int, arithmetic: str, capability: int) -> Launch:
         arithmetic: see `arithmetic`.
         capability: 10 * major + minor.
     """
-    padded = max(16, triton.next_power_of_2(hidden))
+    padded = gpu.padded(hidden)
     if (cell, padded, arithmetic, capability) in TUNED:
         return TUNED[cell, padded, arithmetic, capability]
     size = {"float64": 8, "tf32x3": 8, "tf32": 4}.get(arithmetic, 2)
@@ -108,7 +108,7 @@ def constants(cell: str, hidden: int, how: Launch, arithmetic: str) -> dict[str,
 def weight_constants(cell: str, hidden: int, arithmetic: str) -> dict[str, Any]:
     """What weight_kernel is compiled for."""
     largest = 64 if _aligned_bytes(hidden, arithmetic) >= 8 else 32
-    block = min(largest, max(16, triton.next_power_of_2(hidden)))
+    block = min(largest, gpu.padded(hidden))
     sizes = {"BM": block, "BN": block, "BR": 32 if arithmetic.startswith("tf32") else 64}
     return {**_gradients(cell), "PRECISION": _precision(arithmetic), "ALIGN": _align(hidden), **sizes}
 
@@ -202,14 +202,14 @@ def backward(cell: str, recompute: bool, inputs: Sequence[Tensor | None], gradie
                 start, tracks, spans, du, d_spans, swaps, ends, sums, T, B, K, H, S, **compiled_for
             )
             found = sums.sum(0)
-            gpu.fill(dw_hh, lambda: found[: G * H * H].view(G * H, H))
-            gpu.fill(db_hh, lambda: found[G * H * H :])
+            gpu.fill(dw_hh, found[: G * H * H].view(G * H, H))
+            gpu.fill(db_hh, found[G * H * H :])
         if K and not (dx is dw_ih is db_ih is None):
             compiled_for = gather_constants(cell, H, arithmetic(x.dtype))
             grid = T * B, triton.cdiv(H, compiled_for["BLOCK"])
             gather_kernel[grid](d_spans, swaps, ends, dx_proj, B, K, H, S, **compiled_for)
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
-        gpu.fill(gradient, lambda found=found: found)
+        gpu.fill(gradient, found)
     if projected:
         gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from sire_fast import backends, functional
 from sire_fast.layers import _MODE_CELLS, has_own_forward
 from sire_fast.ledger import warn
-from sire_fast.reference import with_variants
+from sire_fast.reference import check_lengths, with_variants
 from sire_fast.swaps import Blocks
 
 if TYPE_CHECKING:
@@ -321,11 +321,9 @@ def _check(model: Any, x: Tensor, lengths: Tensor | None, batch_first: bool, ord
         raise ValueError(f"batch_first: expected {model.batch_first}, which the layer has, got {batch_first}")
     batch, steps = x.shape[:2] if batch_first else x.shape[1::-1]
     if lengths is not None:
-        if lengths.shape != (batch,) or lengths.dtype != torch.int64 or lengths.device != x.device:
-            got = f"{tuple(lengths.shape)} {lengths.dtype} on {lengths.device}"
-            raise ValueError(f"lengths: expected ({batch},) torch.int64 on {x.device}, the device of x, got {got}")
-        if lengths.min() < 1 or lengths.max() > steps:
-            raise ValueError(f"lengths: expected 1 <= length <= {steps}, got {lengths.tolist()}")
+        check_lengths(steps, batch, lengths.cpu())
+        if lengths.device != x.device:
+            raise ValueError(f"lengths: expected on {x.device}, the device of x, got {lengths.device}")
     for name, value in (("orders", orders), ("rows", rows)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")

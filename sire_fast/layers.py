@@ -178,6 +178,7 @@ class _SwapLayer(nn.RNNBase):
             return output, self._tuple(last)
         x, lengths, states, restore = self._unify(input, hx, lengths)
         pairs = self._draw(x, lengths)
+        self._tell_if_nothing(len(x), pairs.swaps)
         output, last, compared = passes.with_swaps(network, x, lengths, states, pairs)
         weights = [w for layer in network.weights for direction in layer for w in direction]
         return _returned(output, *self._ledger.enter(weights, [x, *states], compared, output, last), restore)
@@ -190,6 +191,7 @@ class _SwapLayer(nn.RNNBase):
         x, lengths, states, _ = self._unify(input, hx, lengths)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             pairs = self._draw(x, lengths, self._ledger.watcher)
+            self._tell_if_nothing(len(x), pairs.swaps)
             return self._ledger.note(passes.with_swaps(self._network, x, lengths, states, pairs)[-1].penalty)
 
     def _look_for_training(self, output: Any, last: Any) -> None:
@@ -292,8 +294,7 @@ class _SwapLayer(nn.RNNBase):
             pairs = torch.where((pairs[..., 1] < lengths[:, None])[..., None], pairs, 0)
         else:
             pairs = samplers.draw(self.swaps, steps if lengths is None else lengths, batch, generator, x.device)
-        self._tell_if_nothing(steps, pairs)
-        return Pairs(pairs, self.compare, self._longest)
+        return Pairs(pairs, self.compare, passes.longest_span(self.swaps, self.compare))
 
     def _tell_if_nothing(self, steps: int, pairs: Tensor) -> None:
         """Warn once of sequences of one step, or of swaps that exchange nothing while none has exchanged anything."""
@@ -310,12 +311,6 @@ class _SwapLayer(nn.RNNBase):
                 f"{self}: nothing to swap in sequences of {length}, whose penalty is 0; give it whole sequences in one "
                 "call, or convert it with swaps=None"
             )
-
-    @property
-    def _longest(self) -> int | None:
-        """Steps of the longest span that the sampler can give."""
-        reach = getattr(self.swaps, "reach", None) if self.compare == "swap" else None
-        return None if reach is None else reach + 1
 
 
 def _exporting() -> bool:
@@ -447,9 +442,7 @@ def _rebuilt(kind: type[nn.RNNBase], state: dict[str, Any]) -> _SwapLayer:
 
 
 # what a file of a whole model names; reading it runs nothing but what is written above
-torch.serialization.add_safe_globals(
-    [RNN, GRU, LSTM, Ledger, _rebuilt, *(s for s in vars(samplers).values() if isinstance(s, type))]
-)
+torch.serialization.add_safe_globals([RNN, GRU, LSTM, Ledger, _rebuilt, *samplers._Drawn.__subclasses__()])
 
 
 def _check_settings(swaps: Any, compare: str, weight: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sire_fast import reference
 from sire_fast.backends import KERNELS
+from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS
 from sire_fast.reference import SwapRNN
 
@@ -57,7 +58,7 @@ def swap_rnn(
     if computed != dtype:
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
     rows = span_rows(backend, x.shape[0], swaps, ends, lengths, longest) if train else 0
-    arithmetic = str(dtype).removeprefix("torch.")
+    arithmetic = name_of(dtype)
     if torch._C._are_functorch_transforms_active():  # they look into functions of autograd, not into operators
         call = _SwapRNNTransformed.apply
     elif _unseen(*tensors, swaps):

@@ -16,6 +16,7 @@ from sire_fast import backends, functional
 from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, States
 from sire_fast.reference import SwapRNN, check_swaps, fill_defaults, squared_distance, with_variants
+from sire_fast.swaps import Sampler
 
 Weights = tuple[Tensor, ...]
 
@@ -70,6 +71,12 @@ class Pairs(NamedTuple):
         """The step at which each variant is compared, (B, K)."""
         ends = self.swaps[..., 1] if self.compare == "swap" else fill_defaults(x, self.swaps, None, lengths)[0]
         return ends.contiguous()  # once, for a kernel and its backward
+
+
+def longest_span(sampler: Sampler | None, compare: str) -> int | None:
+    """Steps of the longest span that a sampler can give; None if that is T."""
+    reach = getattr(sampler, "reach", None) if compare == "swap" else None
+    return None if reach is None else reach + 1
 
 
 class Compared(NamedTuple):

@@ -65,7 +65,7 @@ class _Drawn(ABC):
             lengths: the length T of all sequences, or the length of each, (B,) int64.
             batch: number of sequences B.
             generator: source of randomness; torch's own if None. The numbers are drawn on its device.
-            device: where the result lies; that of `lengths` if it is a tensor, else the CPU.
+            device: where the result lies; that of `lengths` if it is a tensor, else torch's default device.
 
         Returns:
             Pairs of positions, (B, K, 2) int64, with 0 <= i <= j < length.
@@ -80,13 +80,10 @@ class _Drawn(ABC):
         uniform = torch.rand(batch, self.k, dtype=torch.float64, device=drawn_on, **source)
         if generator is not None:
             uniform = uniform.to(device or torch.get_default_device())
+        counts = self._count(lengths) if number else self._count(lengths)[:, None]
+        pairs = torch.stack(self._pair((uniform * counts).long(), lengths), -1)
         if number:
-            count = self._count(lengths)
-            pairs = torch.stack(self._pair((uniform * count).long(), lengths), -1)
-            return pairs if count > 0 else torch.zeros_like(pairs)
-        counts = self._count(lengths)[:, None]
-        index = (uniform * counts).long().minimum(counts - 1).clamp(min=0)
-        pairs = torch.stack(self._pair(index, lengths), -1)
+            return pairs if counts > 0 else torch.zeros_like(pairs)
         return torch.where(counts[..., None] > 0, pairs, 0)
 
 

@@ -18,7 +18,7 @@ import torch
 from oracle import Case, assert_as_good_as_reference, assert_padding_does_not_matter, cast, make, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import aot
+from bench import aot, tune
 from sire_fast import GRU, backends, proof
 from sire_fast.backends import cuda, gpu
 from sire_fast.backends.cuda import Chip, Group
@@ -147,16 +147,20 @@ def test_a_gpu_that_is_not_there_is_a_reason(
     assert backends.choose("auto", **call) == "reference"
 
 
-@pytest.mark.parametrize(("fastest", "served"), [(None, "cuda"), ("triton", "triton"), ("torch", "torch")])
+@pytest.mark.parametrize(
+    ("hidden", "fastest", "served"),
+    [(100, None, "cuda"), (100, "triton", "triton"), (100, "torch", "torch"), (5, "torch", "torch")],
+)
 def test_auto_takes_what_was_measured_or_else_what_is_predicted(
-    fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch
+    hidden: int, fastest: str | None, served: str, host: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "device", "cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(proof, "failures", lambda *_, **__: [])
-    monkeypatch.setattr(gpu, "FASTEST", {("gru", 128, "float32", 90): fastest} if fastest else {})
-    layer = GRU(3, 100, swaps=Adjacent(1), device="meta")
+    size = tune.Tuned("gru", hidden, torch.float32, 90).key[1]  # as bench.tune prints it
+    monkeypatch.setattr(gpu, "FASTEST", {("gru", size, "float32", 90): fastest} if fastest else {})
+    layer = GRU(3, hidden, swaps=Adjacent(1), device="meta")
     call = layer._network.call() | {"device": torch.device("cuda")}
     monkeypatch.setattr(Network, "call", lambda network: call)
     assert layer.backend == served

@@ -574,8 +574,12 @@ def test_a_named_backend_is_used_or_refused() -> None:
     arguments = cast(make(Case("gru", 4, 2, 3, 1)), torch.float16)
     with pytest.raises(NotImplementedError, match=r"computes in .*, got torch\.float16"):
         functional.swap_rnn("gru", **arguments, backend="cpu")
-    with backends.use("cpu"), pytest.raises(NotImplementedError):
-        functional.swap_rnn("gru", **arguments)
+    with backends.use("cpu"):
+        with pytest.raises(NotImplementedError):
+            functional.swap_rnn("gru", **arguments)
+        with backends.use("auto"):
+            functional.swap_rnn("gru", **arguments)
+        assert backends.forced() == "cpu"
     assert functional.swap_rnn("gru", **arguments).output.dtype == torch.float16
 
 

@@ -38,6 +38,16 @@ def _python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+def test_files_may_name_our_own_classes_and_no_others() -> None:
+    done = _python(
+        "from torch.serialization import get_safe_globals\n"
+        "before = get_safe_globals()\n"
+        "import sire_fast\n"
+        "print(*{each.__module__.split('.')[0] for each in get_safe_globals() if each not in before})\n"
+    )
+    assert done.stdout.split() == ["sire_fast"], done.stderr
+
+
 def test_without_the_extension_one_warning_says_why_and_the_reference_serves() -> None:
     done = _python(
         "import sys, torch\n"

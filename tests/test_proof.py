@@ -271,6 +271,14 @@ def test_a_layer_with_a_forward_of_its_own_is_refused():
     assert "GRU has a forward of its own" in str(sire_fast.check(layer, torch.randn(5, 2, 3), 2.0))
 
 
+@pytest.mark.parametrize(("checked", "trained"), [(7, 3), (1, 1)])
+def test_what_a_check_has_seen_is_still_told_in_training(checked, trained):
+    layer = sire_fast.GRU(3, 4, swaps=swaps.Pairs(1, [(5, 6)]))
+    assert sire_fast.check(layer, torch.randn(checked, 2, 3)).right
+    with pytest.warns(UserWarning, match="nothing to swap"):
+        layer(torch.randn(trained, 2, 3))
+
+
 def test_all_steps_of_stacked_variants_run_on_the_kernels_too():
     layer = sire_fast.GRU(3, 4, num_layers=2, bidirectional=True, swaps=swaps.Uniform(2))
     assert layer.backend == "cpu"

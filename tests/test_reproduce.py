@@ -250,6 +250,17 @@ def test_a_result_tells_the_commit_that_it_began_with(monkeypatch):
     assert trials.run(TINY)["machine"]["commit"] == "before"
 
 
+def test_the_swaps_of_a_step_are_of_all_steps():
+    trial = replace(TINY, swaps="adaptive:uniform:2", steps=5, records=2)
+    run = trials.run(trial)
+    lost = run | {"history": [], "adaptive_swaps": 0, "steps": run["steps"] | {"step": 0}, "seconds": run["steps"]}
+    lost["seconds"] = lost["steps"]  # one that diverged in the first step
+    for runs in ([run], [run, lost]):
+        case = experiments.Case("s", "m", trial)
+        row = report.summary("name", EXPERIMENTS["swaps"], [case], [runs])["rows"][0]
+        assert row["swaps_a_step"]["mean"] == run["adaptive_swaps"] / 5 / trial.batch / len(runs)
+
+
 # NaN is no JSON, and a model of NaNs no result.
 @pytest.mark.parametrize("factor", [torch.nan, torch.inf])
 def test_a_trial_that_diverges_is_measured_before(monkeypatch, factor):

@@ -171,7 +171,8 @@ def test_seeds(tmp_path):
     first, same, other = ([*run.model.state_dict().values()] for run in models)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
-    batches = [run._batch()[0] for run in models[:2]]  # the swaps must not change which data is seen
+    # the swaps must not change which data is seen
+    batches = [run.task.batch(run.examples, 8, run.data)[0] for run in models[:2]]
     assert torch.equal(*batches)
 
 
@@ -180,7 +181,8 @@ def test_a_training_set_is_reused(tmp_path):
     assert sum(x.shape[1] for x, _ in run.examples) == 20
     known = {tuple(column) for x, _ in run.examples for column in x.T.tolist()}
     for _ in range(30):
-        assert {tuple(column) for column in run._batch()[0].T.tolist()} <= known
+        x, _ = run.task.batch(run.examples, 8, run.data)
+        assert {tuple(column) for column in x.T.tolist()} <= known
 
 
 class Summing(nn.Module):

@@ -164,7 +164,8 @@ def forced() -> str | None:
 
 @contextmanager
 def use(backend: str) -> Iterator[None]:
-    """Make every call with backend="auto" use the named backend, layers included, until the block ends.
+    """Make every call with backend="auto" use the named backend, layers included, until the block ends; "auto" lets
+    them choose again inside another such block.
 
     What the backend cannot serve, a layer that is not fused among them, is refused with a NotImplementedError.
 
@@ -172,8 +173,9 @@ def use(backend: str) -> Iterator[None]:
         ValueError: no backend has this name.
     """
     global _forced
-    _check_name(backend)
-    before, _forced = _forced, backend
+    if backend != "auto":
+        _check_name(backend)
+    before, _forced = _forced, None if backend == "auto" else backend
     try:
         yield
     finally:

@@ -61,8 +61,8 @@ def slower_than_torch(*, cell: str, dtype: torch.dtype, hidden_size: int, batch:
 
 
 def instruction_set() -> str:
-    """Instruction set that the kernels run with on this machine: "avx512bf16", "avx512", "avx2" or "baseline"."""
-    return _C.instruction_set().lower()
+    """What the kernels run with on this machine: "avx512bf16", "avx512", "avx2", "baseline"; "none" without kernels."""
+    return "none" if MISSING else _C.instruction_set().lower()
 
 
 def files() -> list[Path]:

@@ -235,7 +235,7 @@ def backward(
         if D > G:
             torch.add(du[:, same:].sum(0), d_spans[:, same : G * H].sum(0), out=db_hh[same:])
     for gradient, found in zip((dh0, dc0), d_start, strict=False):
-        gpu.fill(gradient, lambda found=found: found)  # type: ignore[misc]  # a default has no type
+        gpu.fill(gradient, found)
     if projected:
         gpu.fill_projected(dx_proj, x, lengths, w_ih, dx, dw_ih, db_ih)
 

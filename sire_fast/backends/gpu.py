@@ -32,9 +32,14 @@ def constant(function: F) -> F:
     return of_numbers  # type: ignore[return-value]
 
 
-# (cell, H rounded up to a power of two, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
+# (cell, padded H, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
 # backend, or "torch" for cuDNN on the stacked variants
 FASTEST: dict[tuple[str, int, str, int], str] = {}
+
+
+def padded(hidden_size: int) -> int:
+    """H as kernels and the tables of what was measured have it: a power of two, 16 at least."""
+    return max(16, 1 << (hidden_size - 1).bit_length())
 
 
 @constant
@@ -43,8 +48,7 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
     if not FASTEST or torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    padded = 1 << (hidden_size - 1).bit_length()
-    return FASTEST.get((cell, padded, name_of(dtype), 10 * major + minor))
+    return FASTEST.get((cell, padded(hidden_size), name_of(dtype), 10 * major + minor))
 
 
 # (cell, dtype, backend) -> microseconds that bench.model predicts for each time step of a training step, forward and
@@ -284,7 +288,7 @@ def _inside(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.where((steps < lengths)[..., None], x, 0)
 
 
-def fill(gradient: Tensor | None, found: Callable[[], Tensor]) -> None:
+def fill(gradient: Tensor | None, found: Tensor) -> None:
     """Fill a gradient if it is wanted."""
     if gradient is not None:
-        gradient.copy_(found())
+        gradient.copy_(found)

@@ -18,7 +18,8 @@ class Sire(Joined, transformers.TrainerCallback):
     """Converts the recurrent layers of the model that is trained; the model and its loss stay as they are.
 
     Wherever the Trainer logs a loss, it adds the penalty of the last step, its ratio to the loss and the weight, and to
-    the metrics of an evaluation the order sensitivity. Accumulated batches and loss scales are taken into account.
+    the metrics of an evaluation the order sensitivity. An AdaptiveWeight follows what is logged: its steps are the
+    Trainer's `logging_steps` apart. Accumulated batches and loss scales are taken into account.
     Arguments: see Joined.
     """
 

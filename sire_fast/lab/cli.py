@@ -35,6 +35,7 @@ from torch import distributed
 import sire_fast
 from sire_fast import backends, proof
 from sire_fast.backends import cpu
+from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
 from sire_fast.lab import benchmark
@@ -411,7 +412,7 @@ def doctor() -> None:
     table.add_row("torch", torch.__version__)
     table.add_row("python", platform.python_version())
     table.add_row("platform", platform.platform())
-    table.add_row("instruction set", "none" if cpu.MISSING else cpu.instruction_set())
+    table.add_row("instruction set", cpu.instruction_set())
     table.add_row("threads", f"{torch.get_num_threads()} of torch, {os.cpu_count()} cores")
     devices = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
     for backend, device in itertools.product(backends.BACKENDS, devices):
@@ -427,7 +428,7 @@ def doctor() -> None:
             told = "; ".join(reasons) or "serves"
             if told == "serves" and backend in backends.PROVEN_BY_USE:
                 told += ", once a small case was right on this card"
-            answers.setdefault(told, []).append(str(dtype).removeprefix("torch."))
+            answers.setdefault(told, []).append(name_of(dtype))
         for told, dtypes in answers.items():
             table.add_row(f"backend {backend}", f"{device}, {' and '.join(dtypes)}: {told}")
     table.add_row("layers", cpu.SLOWER_THAN_TORCH)

@@ -1,6 +1,6 @@
 """Tasks with generated data: questions about a sequence of whole numbers whose answer ignores its order.
 
-A task is a few small functions; sire_fast.lab.train holds the one loop that all of them share. All sequences of
+A task is a few small functions; sire_fast.lab.train holds the loop that trains all of them. All sequences of
 a batch have one length, so that it is dense. Parity and half-range follow the SIRE paper; sum, range and
 variance follow Murphy et al., "Janossy Pooling", ICLR 2019, but train on lengths 2..10, to look at longer ones.
 """
@@ -73,6 +73,18 @@ class Task:
         else:
             x = torch.randint(self.vocabulary, (length, batch), generator=generator)
         return x, self.label(x)
+
+    def batch(
+        self, examples: list[tuple[Tensor, Tensor]], batch: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Sequences to train on, all of one length, and their right answers: of the examples of that length, given for
+        each of train_lengths, or new ones if there are none."""
+        n = int(torch.randint(len(self.train_lengths), (), generator=generator))
+        if not examples:
+            return self.sample(self.train_lengths[n], batch, generator)
+        x, y = examples[n]
+        chosen = torch.randint(len(y), (batch,), generator=generator)
+        return x[:, chosen], y[chosen]
 
     def reorder(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Each of the sequences (T, B) in a random order that leaves its answer alone."""

@@ -1,4 +1,4 @@
-"""One training loop for every task: task loss + weight * swap penalty, with checkpoints and records on disk.
+"""The command line's training loop, for every task: task loss + weight * swap penalty, with checkpoints and records.
 
 A run is a directory:
 
@@ -275,7 +275,8 @@ class Run:
             FloatingPointError: the loss or its gradient is no longer finite. The model is that of the step before.
         """
         began = time.perf_counter()
-        x, y = (t[..., self.rank :: self.processes].to(self.config.device) for t in self._batch())
+        of_all_processes = self.task.batch(self.examples, self.config.batch, self.data)
+        x, y = (t[..., self.rank :: self.processes].to(self.config.device) for t in of_all_processes)
         self.model.train()
         task_loss = self.task.loss(self.model(x), y)
         penalty = sire_fast.penalty(self.model) if self.model.layer.swaps else torch.zeros(())
@@ -317,15 +318,6 @@ class Run:
         total = torch.tensor(values, dtype=torch.float64, device=self.config.device)
         distributed.all_reduce(total)
         return tuple((total / self.processes).tolist())
-
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """The sequences of a step and their right answers, of all processes."""
-        n = int(torch.randint(len(self.task.train_lengths), (), generator=self.data))
-        if not self.examples:
-            return self.task.sample(self.task.train_lengths[n], self.config.batch, self.data)
-        x, y = self.examples[n]
-        chosen = torch.randint(len(y), (self.config.batch,), generator=self.data)
-        return x[:, chosen], y[chosen]
 
     def record(self) -> None:
         """Add a line to the history: means since the last one, and the metric on held-out sequences."""

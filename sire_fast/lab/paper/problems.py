@@ -1,6 +1,6 @@
 """What is learned: batches, loss, the orders that may be exchanged, and measures on held-out examples.
 
-A problem has, for the one loop in trials.py:
+A problem has, for the loop of all trials in trials.py:
 
     inputs, outputs, source, epoch        sizes, where its data come from, examples in an epoch (0: all are new)
     sampler(text) -> sampler or None      of swaps in a layer; None where there are none, or `penalty` draws them
@@ -79,12 +79,7 @@ class Sequences:
         return Numbers(self.task.vocabulary, body)
 
     def batch(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        which = int(torch.randint(len(self.task.train_lengths), (), generator=generator))
-        if not self.epoch:
-            return self.task.sample(self.task.train_lengths[which], n, generator)
-        x, y = self._examples[which]
-        chosen = torch.randint(len(y), (n,), generator=generator)
-        return x[:, chosen], y[chosen]
+        return self.task.batch(self._examples, n, generator)
 
     def penalty(self, model: nn.Module, through: Head) -> Tensor:
         return sire_fast.penalty(model, through)
