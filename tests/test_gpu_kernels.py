@@ -169,6 +169,31 @@ def test_float32_from_halves_on_matrix_units(cell: str, monkeypatch: pytest.Monk
     assert seen
 
 
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm"])
+def test_float32_where_matrix_units_cut_off_their_sums(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They cut off addends, at the last bits of the largest, and sums, as Fasi et al., "Numerical behavior of NVIDIA
+    tensor cores" (2021), have measured: a long sum kept in them drifts towards zero."""
+    seen = []
+
+    def cutting(self: InterpreterBuilder, a: Any, b: Any, d: Any, precision: Any, *_: Any) -> Any:
+        seen.append(precision)
+        total = d.data.astype(np.float64)
+        for k in range(0, a.data.shape[1], 8):
+            addends = a.data[:, k : k + 8, None].astype(np.float64) * b.data[k : k + 8]
+            addends = np.concatenate((total[:, None], addends), 1)
+            _, exponent = np.frexp(np.abs(addends).max(1, keepdims=True))
+            unit = np.ldexp(1.0, exponent - 24)
+            total = (np.trunc(addends / unit) * unit).sum(1)
+            nearest = total.astype(np.float32)
+            total = np.where(np.abs(nearest) > np.abs(total), np.nextafter(nearest, np.float32(0)), nearest)
+        return TensorHandle(total.astype(np.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", cutting)
+    monkeypatch.setattr(launch, "launch", lambda *_: Launch(16, False, 64, 16, 8, 3))
+    oracle.assert_as_good_as_reference(cell, oracle.make(Case(cell, 4, 2, 256, 1)), torch.float32, "triton")
+    assert seen
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
