@@ -63,7 +63,8 @@ def architectures():
     listed = re.findall(r"[\d.]+[af]?(?:\+PTX)?", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     known = told(NVCC, "--list-gpu-arch")
     usual = [name for name in ARCHITECTURES if f"compute_{number(name)}" in known]
-    chosen = listed or (usual if FORCED or not visible else visible)
+    usable = visible and all(f"compute_{number(name)}" in known for name in visible)
+    chosen = listed or (visible if usable and not FORCED else usual)
     return [name for name in chosen if float(name.split("+")[0].rstrip("af")) >= 8]  # older ones lack instructions
 
 
@@ -103,7 +104,8 @@ class BuildKernels(build_ext):
 
     def compile_cuda(self, ext):
         """csrc/cuda/launch.cu as an object file."""
-        target = f"build/cuda-{'-'.join(CUDA)}.o"  # where a wheel and an editable install both find it
+        key = f"{zlib.crc32(' '.join(told(NVCC, '--version')).encode()):08x}"
+        target = f"build/cuda-{'-'.join(CUDA)}-{key}.o"  # where a wheel and an editable install both find it
         if newer_than(target, ext.depends):
             return target
         os.makedirs("build", exist_ok=True)
@@ -139,6 +141,7 @@ if CUDA:
             "sire_fast._cuda",
             ["csrc/cuda_bindings.cpp"],
             depends=["setup.py", "csrc/bindings.h", "csrc/cells.h", *sorted(glob("csrc/cuda/*.*"))],
+            define_macros=[("SIRE_ARCHITECTURES", f'"{" ".join(CUDA)}"')],
             extra_compile_args=FLAGS,
             library_dirs=[os.path.join(root, name) for name in ("lib64", "lib")],  # of the toolkit, of pip and conda
             libraries=["cudart_static", "dl", "pthread", "rt"],  # the driver itself is looked up when it is needed

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases, first_line
-from bench.processes import WORKERS, Lost, answers, broken
+from bench.processes import Lost, answers, broken, workers
 from sire_fast import backends, passes, proof, swaps
 from sire_fast.backends import cuda, gpu
 from sire_fast.cells import CELLS
@@ -420,13 +420,13 @@ def prepare_all(
         group.skipped += 1
     add(items[FIRST:])
     ready = set()
-    for n, answer in answers([task for task, *_ in tasks], WORKERS, clock.left - TOTAL + PREPARED, TASK):
+    for n, answer in answers([task for task, *_ in tasks], workers(), clock.left - TOTAL + PREPARED, TASK):
         task, item, group = tasks[n]
         name = f"{group.backend} {group.cell} {group.arithmetic}"
         if isinstance(answer, Lost):
             what = f"{name} {item or task.args[1][0]}: {answer.why}"
             clock.say(what)
-            if answer.died:
+            if answer.died or item is None:  # a hang is a fault, too, and a case takes no longer
                 group.failures.append(what)
             continue
         group.add(answer)
@@ -599,6 +599,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     result = run("cuda", kernels(), options, out)
     print(report(result))
+    checks = result["checks"]
+    if checks and not any(each["passed"] or each["failures"] for each in checks):
+        why = dict.fromkeys(reason for each in checks for reason in each["not_available"])
+        print(f"bench.gpu: no kernel was checked: {'; '.join(why) or 'no time'}", file=sys.stderr)
+        return 2
     return 0 if result["correct"] or options.only == "time" else 1
 
 

@@ -41,9 +41,10 @@ def arithmetic_of(name: str) -> Iterator[None]:
 CASES = [
     Case(20, 64, 128, "uniform:8"),
     Case(9, 64, 256, "adjacent:8", "swap", I=256, longest=2),
-    Case(7, 5, 7, "uniform:3", I=5, ragged=True),
+    Case(18, 5, 7, "uniform:20", I=5, ragged=True),
     Case(9, 3, 64, "uniform:2", "swap", I=16, ragged=True, bias=False),
     Case(300, 4, 32, "uniform:2", I=3),
+    Case(4, 300, 512, "uniform:2"),
     Case(1, 1, 100, "uniform:1", bias=False),
     Case(6, 13, 192, "uniform:5", "swap", I=40, ragged=True, recompute=True),
     Case(5, 4, 512, I=64),

@@ -16,7 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-WORKERS = min(16, os.cpu_count() or 1)  # each takes half a GB of a GPU before it does anything
+
+def workers() -> int:
+    """Processes that processor and GPU have room for: each takes half a GB at once, and as much again later."""
+    room = torch.cuda.mem_get_info()[0] >> 30 if torch.cuda.is_available() else 16
+    return max(1, min(16, os.cpu_count() or 1, room))
 
 
 class Lost(NamedTuple):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu import Item, first_line, kernels, measure, seconds_of
-from bench.processes import WORKERS, answers, broken
+from bench.processes import answers, broken, workers
 from sire_fast import functional, swaps
 from sire_fast.backends import gpu
 from sire_fast.cells import CELLS
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = [(what, candidate) for what in todo for candidate in what.candidates()]
     compiled: dict[Tuned, list[Launch]] = {}
     calls = [partial(what.why_not, candidate) for what, candidate in tasks]
-    for n, why in answers(calls, WORKERS, limit / 2, COMPILED):
+    for n, why in answers(calls, workers(), limit / 2, COMPILED):
         what, candidate = tasks[n]
         if why:
             print(f"{what.key}: {candidate}: {why}", file=sys.stderr, flush=True)
@@ -160,7 +160,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{n + 1}/{len(compiled)}, {left:.0f} s left", file=sys.stderr, flush=True)
         if left < 0:
             break
-        medians, in_use = fastest(what, compiled[what]), what.in_use
+        try:
+            medians, in_use = fastest(what, compiled[what]), what.in_use
+        except torch.OutOfMemoryError as error:
+            print(f"{what.key}: {first_line(error)}", file=sys.stderr, flush=True)
+            continue
         (best, took), *_ = medians.items()
         before = f"{1e6 * medians[in_use] / STEPS:.2f}" if in_use in medians else "not compiled in time"
         print(f"    {what.key}: {best},  # {1e6 * took / STEPS:.2f} us a step, before {before}")

@@ -38,6 +38,7 @@ PYBIND11_MODULE(_cuda, m) {
 #else
   m.attr("device") = "cuda";
 #endif
+  m.attr("architectures") = SIRE_ARCHITECTURES;  // as TORCH_CUDA_ARCH_LIST has them
   m.attr("rows") = kRows;
   m.def("blocks", [](int H, const std::string& dtype) { return blocks(H, dtype_of(dtype)); });
   m.def("shared_bytes",

@@ -79,7 +79,7 @@ def swap_rnn(
     """
     device, given = x_proj.device, h0.dtype
     if torch.is_autocast_enabled(device.type):
-        x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(device, x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
+        x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
     # under autocast on a CPU torch's GRU, which adds to its states, gives results of their dtype
     dtype = torch.promote_types(given, h0.dtype) if cell == "gru" and device.type == "cpu" else h0.dtype
     reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
@@ -98,7 +98,14 @@ def swap_rnn(
     )
 
 
-def _autocast(device: torch.device, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """Tensors as torch's autocast has them where it is on; float64 stays what it is, as it does there."""
-    dtype = torch.get_autocast_dtype(device.type)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def cast_to(tensor: Tensor) -> torch.dtype:
+    """The dtype that torch's autocast gives a tensor where it is on; float64 stays what it is, as it does there."""
+    kind = tensor.device.type
+    # of meta torch does not know that there is no autocast
+    if tensor.dtype == torch.float64 or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    return tuple(t if t is None else t.to(cast_to(t)) for t in tensors)

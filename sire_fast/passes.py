@@ -51,7 +51,8 @@ class Network(NamedTuple):
     def call(self) -> dict[str, Any]:
         """What sire_fast.backends asks of a call."""
         w_hh = self.weights[0][0][1]
-        return {"cell": self.cell, "dtype": w_hh.dtype, "device": w_hh.device, "hidden_size": _hidden_size(self)}
+        dtype = functional.cast_to(w_hh)
+        return {"cell": self.cell, "dtype": dtype, "device": w_hh.device, "hidden_size": _hidden_size(self)}
 
 
 class Pairs(NamedTuple):
@@ -134,15 +135,20 @@ def runs_on_kernels(network: Network) -> bool:
 
 
 def _why_no_kernel(call: dict[str, Any]) -> list[str]:
-    reasons = backends.why_no_kernel(**call)
-    if reasons or backends.forced() or call["device"].type != "cuda":
-        return reasons
+    if backends.forced() or call["device"].type != "cuda":
+        return backends.why_no_kernel(**call)
     measured = gpu.fastest(**call)
     if measured == "torch":
         return ["measured: torch's own layer, cuDNN, is the fastest here"]
-    if measured:
+    # before any is proven, which takes compilations: a kernel that is right but slow is not wanted
+    reasons = [] if measured else _slower_than_torch(backends.unproven(**call), call)
+    reasons = reasons or backends.why_no_kernel(**call)
+    return reasons if measured or reasons else _slower_than_torch(backends.choose("auto", **call), call)
+
+
+def _slower_than_torch(serves: str, call: dict[str, Any]) -> list[str]:
+    if serves == "reference":
         return []
-    serves = backends.choose("auto", **call)
     return gpu.slower_than_torch(serves, cell=call["cell"], dtype=call["dtype"], hidden_size=call["hidden_size"])
 
 

@@ -18,7 +18,8 @@ from sire_fast.backends.cuda import Chip
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
-FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DSIRE_ON_HOST"]
+FLAGS = ["-std=c++17", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += ["-DSIRE_ON_HOST", '-DSIRE_ARCHITECTURES="8.0 9.0+PTX 10.0"']
 
 
 def build(folder: Path, extra: Sequence[str] = ("-O1", "-Werror")) -> Path:

@@ -20,7 +20,8 @@ from bench import gpu, gpu_check, processes, tune
 from bench.gpu import Goal, Item
 from bench.gpu_check import Checked
 from bench.processes import Lost
-from sire_fast import functional
+from sire_fast import functional, swaps
+from sire_fast.backends.gpu import plan
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch
 from sire_fast.lab.benchmark import CONTESTANTS, Setting
@@ -50,6 +51,14 @@ def test_the_cases_hold_what_users_have():
     assert {case.compare for case in gpu_check.CASES if case.ragged and case.recompute} == {"end", "swap"}
     assert any(case.T == 1 and case.B == 1 for case in gpu_check.CASES)
     assert any(case.swaps == "none" for case in gpu_check.CASES)
+    plans = [
+        (case, plan(case.T, case.B, swaps.parse(case.swaps).k, case.T, 16, groups))
+        for case in gpu_check.CASES
+        if case.swaps.startswith("uniform")
+        for groups in (132 if case.H < 512 else 132 // 16,)  # of an H200: clusters of 16 for the largest
+    ]
+    assert any(swaps.parse(case.swaps).k > found.in_step for case, found in plans)  # variants behind the lock step
+    assert any(found.sequences * 132 // 16 < case.B for case, found in plans if case.H == 512)  # a second tile
     arguments = make("lstm", Case(9, 5, 4, "uniform:3", "swap", I=2, ragged=True), 0, torch.float32, "cpu")
     i, j = arguments["swaps"].unbind(-1)
     assert bool((j < arguments["lengths"][:, None]).all())
@@ -129,8 +138,13 @@ def test_what_breaks_the_context_at_full_length_is_wrong_and_not_run_again(monke
         assert gpu.time_item(item, ["cpu"], groups if checks else None, ready, 1)["cpu"] == told
 
 
-def test_no_more_processes_than_a_gpu_has_room_for():
-    assert 1 <= processes.WORKERS <= 16
+def test_no_more_processes_than_a_gpu_has_room_for(monkeypatch):
+    assert 1 <= processes.workers() <= 16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 16)
+    for gigabytes, workers in ((0.5, 1), (11.2, 11), (139, 16)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=gigabytes: (int(free * 2**30), 0))
+        assert processes.workers() == workers
 
 
 @pytest.mark.parametrize(("cell", "hidden", "draws"), [("gru", 64, 1), ("gru", 8, 3), ("rnn_relu", 64, 3)])
@@ -205,6 +219,11 @@ def test_what_does_not_answer_is_skipped_and_what_dies_is_wrong(lost, correct, t
     assert gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60)) == {(item, "cpu")}
     (group,) = groups.values()
     assert (group.skipped, group.correct) == (2, True)  # nothing was found wrong
+    monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, good), (1, lost), (2, good)]))
+    groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
+    gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60))
+    (group,) = groups.values()
+    assert group.failures == [f"cpu gru float32 {SMALL[0]}: {lost.why}"]  # of a case: a hang is a fault
 
 
 def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
@@ -333,3 +352,16 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "no GPU" in err
+
+
+@pytest.mark.parametrize(("passed", "failures", "code"), [(0, [], 2), (0, ["wrong"], 1), (1, ["wrong"], 1), (1, [], 0)])
+def test_a_gpu_that_no_kernel_serves_is_not_one_where_they_are_wrong(passed, failures, code, monkeypatch, capsys):
+    reason = "triton: needs compute capability 8.0 or above, cuda has 7.5"
+    check = {"passed": passed, "failures": failures, "not_available": [] if passed else [reason]}
+    result = {"checks": [check, check], "correct": bool(passed and not failures)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "kernels", lambda: ["triton"])
+    monkeypatch.setattr(gpu, "run", lambda *_: result)
+    monkeypatch.setattr(gpu, "report", lambda _: "")
+    assert gpu.main(["--quick"]) == code
+    assert capsys.readouterr().err == (f"bench.gpu: no kernel was checked: {reason}\n" if code == 2 else "")

@@ -166,6 +166,32 @@ def test_auto_takes_what_was_measured_or_else_what_is_predicted(
     assert layer.backend == served
 
 
+@pytest.mark.parametrize("wrong", [(), ("cuda",), ("cuda", "triton")])
+@pytest.mark.parametrize(("hidden", "dtype"), [(64, HALF), (256, FLOAT), (256, HALF), (512, FLOAT)])
+def test_what_is_too_slow_is_not_proven(
+    hidden: int, dtype: torch.dtype, wrong: tuple, host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To prove a kernel takes compilations, and a warning where it is wrong: for nothing if cuDNN is faster."""
+    asked: list[str] = []
+    monkeypatch.setattr(host, "device", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(cuda, "_chip", lambda _: Chip((9, 0), 132, 227 << 10))
+    monkeypatch.setattr(
+        proof, "failures", lambda name, **_: asked.append(name) or [f"{name} is wrong"] * (name in wrong)
+    )
+    layer = GRU(3, hidden, swaps=Adjacent(1), device="meta", dtype=dtype)
+    call = layer._network.call() | {"device": torch.device("cuda")}
+    monkeypatch.setattr(Network, "call", lambda network: call)
+    us = gpu.predicted(cell="gru", dtype=dtype, hidden_size=hidden)
+    fast = [name for name in us if us[name] <= gpu.CUDNN]
+    assert layer.backend == next((name for name in fast if name not in wrong), "torch")
+    if not fast:
+        assert asked == []
+        (reason,) = layer.why_not_fused()
+        assert "is predicted to take" in reason
+
+
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
 def test_what_a_gpu_lacks(capability: tuple[int, int], host: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """On compute capability 8.0 the shared memory of one block is too small for an LSTM of H=128, and two share it."""
@@ -268,6 +294,32 @@ def test_a_driver_that_is_too_old(
     reasons = backends.why_not("cuda", cell="gru", dtype=HALF, device="cpu", hidden_size=64)
     told = f"which needs a newer driver: this one knows {driver // 1000}.{driver % 1000 // 10}"
     assert [told in reason for reason in reasons] == ([] if served else [True])
+
+
+@pytest.mark.parametrize(
+    ("built_for", "capability", "driver", "served"),
+    [
+        ("12.0", (12, 0), 13000, True),
+        ("12.0", (12, 1), 13000, True),
+        ("12.1", (12, 0), 13010, False),
+        ("8.0 9.0", (12, 0), 13010, False),
+        ("9.0a+PTX", (9, 0), 13000, True),
+        ("9.0a+PTX", (10, 0), 13010, False),
+        ("10.0f", (10, 3), 13000, True),
+        ("8.9+PTX", (8, 6), 13010, False),
+        ("8.6+PTX", (8, 9), 13000, True),
+        ("8.6+PTX", (12, 0), 13010, True),
+    ],
+)
+def test_what_the_extension_was_built_for(
+    built_for: str, capability: tuple, driver: int, served: bool, host: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "architectures", built_for)
+    monkeypatch.setattr(host, "versions", lambda: (driver, 13010))
+    monkeypatch.setattr(cuda, "_chip", lambda _: Chip(capability, 108, 227 << 10))
+    reasons = backends.why_not("cuda", cell="gru", dtype=HALF, device="cpu", hidden_size=64)
+    told = f"was built for capability {built_for}, and this GPU has {capability[0]}.{capability[1]}"
+    assert reasons == ([] if served else [f"cuda: sire_fast._cuda {told}"])
 
 
 @pytest.mark.proof

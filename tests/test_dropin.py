@@ -1172,6 +1172,15 @@ def test_dtypes_under_autocast_are_torchs(
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize(("dtype", "served"), [(torch.bfloat16, "cpu"), (torch.float16, "torch")])
+def test_who_serves_is_chosen_for_the_dtype_of_autocast(dtype: torch.dtype, served: str) -> None:
+    layer = sire_fast.GRU(3, 4, swaps=PAIRS)
+    assert layer.backend == "cpu"
+    with torch.autocast("cpu", dtype=dtype):
+        assert layer.backend == served
+        assert bool(layer.why_not_fused()) == (served == "torch")
+
+
 @pytest.mark.parametrize("form", ["plain", "swaps", "eval"])
 def test_states_of_another_dtype_are_torchs_error(kind: type[nn.RNNBase], form: str) -> None:
     theirs, ours = _both(kind, 3, 4)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import sire_fast
 from sire_fast import backends, proof, swaps
-from sire_fast.backends import cpu
+from sire_fast.backends import cpu, gpu
 from sire_fast.lab.cli import run
 
 CALL: dict[str, Any] = {"cell": "gru", "dtype": torch.float32, "device": torch.device("cpu"), "hidden_size": 6}
@@ -181,6 +181,40 @@ def test_one_that_is_wrong_is_told_once_and_replaced(kernel, cache, accident):
     assert found.isfinite()
     assert not cache.exists()  # it is tried again after whatever has been mended
     assert backends.choose("triton", **CALL) == "triton"  # who names it gets it
+
+
+def test_a_full_memory_is_no_fault_of_the_kernel(kernel, cache):
+    def full(_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernel.accident = full
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose("auto", **CALL) == "triton"
+    assert not cache.exists()
+    kernel.accident = fail
+    with pytest.warns(RuntimeWarning, match="is wrong here"):
+        assert backends.choose("auto", **CALL) == "reference"
+
+
+def test_nothing_is_tried_in_a_backward(kernel):
+    """On a GPU its thread would wait for a gradient that only it can compute."""
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda _: backends.choose("auto", **CALL) and None)
+    x.backward()
+    assert kernel.calls == 0
+    assert backends.choose("auto", **CALL) == "triton"
+    assert kernel.calls == 1
+
+
+@pytest.mark.parametrize("groups", [8, 16, 58, 108, 132])
+def test_what_is_tried_fills_a_tile_and_more(groups):
+    """As large settings do: more than 8 rows and 16 steps, and variants for which there is no room."""
+    case = proof._SMALL
+    plan = gpu.plan(case.T, case.B, swaps.parse(case.swaps).k, case.T, 16, groups)
+    assert plan == gpu.Plan(1, 15)
+    assert case.T > 16
+    assert swaps.parse(case.swaps).k > 15
 
 
 def test_the_next_one_is_taken_where_the_first_is_wrong(kernel, tmp_path):

@@ -42,6 +42,7 @@ SIRE_DEVICE void warp_barrier() { __syncwarp(); }
 // Orders what the blocks of a cluster have written, to shared and to global memory.
 SIRE_DEVICE void cluster_barrier() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();  // .aligned: whoever has waited in a loop may come apart
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
@@ -234,7 +235,11 @@ struct Configuration {
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config{};
   Configuration(const void* kernel, const Grid& grid, uintptr_t stream) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared)));
+    // all that there is: a smaller limit would also be that of other sizes of H, which a graph may hold
+    int device, most;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     if (grid.cluster > 8)
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
     config.gridDim = dim3(unsigned(grid.blocks));

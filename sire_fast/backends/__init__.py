@@ -130,6 +130,15 @@ def why_no_kernel(**call: Any) -> list[str]:
     return reasons if name == "reference" else []
 
 
+def unproven(**call: Any) -> str:
+    """What "auto" would take of those that say that they can, none of which is asked to compute anything."""
+    call["device"] = torch.device(call["device"])
+    for name in _by_speed(**call):
+        if not why_not(name, **call):
+            return name
+    return "reference"
+
+
 def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str]]:
     """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
     call: dict[str, Any] = {"device": torch.device(device), **numbers}

@@ -23,7 +23,6 @@ except ImportError as error:
     MISSING = str(error)
 
 _CLUSTERS = (9, 0)  # the capability from which on there are clusters, of 8 blocks at most
-_MACHINE_CODE = (8, 9, 10)  # the major capabilities whose machine code setup.py embeds
 _LARGE_CLUSTERS = (9, 10)  # the major capabilities that have some of 16
 
 
@@ -77,8 +76,8 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
         chip = _chip(device)
         if too_weak := gpu.why_not_capability("cuda", device, chip.capability):
             reasons += too_weak
-        elif too_old := _driver_too_old(chip):
-            reasons.append(too_old)
+        elif reason := _why_no_code(chip):
+            reasons.append(reason)
         else:
             reasons += _why_no_group(cell, name_of(dtype), hidden_size, chip, device)
     return reasons
@@ -96,11 +95,23 @@ def _why_no_group(cell: str, dtype: str, hidden: int, chip: Chip, device: torch.
     return [f"cuda: {cell} of H={hidden} in {dtype} fits no group of blocks of {device}, which has {has}"]
 
 
-def _driver_too_old(chip: Chip) -> str:
-    """The reason why the driver cannot run what the extension holds; "" if it can. Machine code needs one of the same
-    major version of CUDA, PTX, which is what chips behind the last of _MACHINE_CODE get, one as new."""
+def _why_no_code(chip: Chip) -> str:
+    """The reason why nothing that the extension holds runs on a chip with this driver; "" if something does. Machine
+    code is for chips of its major capability and wants a driver of the same major version of CUDA; PTX is for all later
+    chips and wants a driver as new."""
+    machine_code = ptx = False
+    for name in _cuda.architectures.split():
+        number = name.removesuffix("+PTX")
+        built_for = tuple(map(int, number.rstrip("af").split(".")))
+        one_alone, one_family = number.endswith("a"), number.endswith("f")
+        alike = built_for[0] == chip.capability[0] and built_for <= chip.capability
+        machine_code |= built_for == chip.capability if one_alone else alike
+        ptx |= name != number and built_for <= chip.capability and not (one_alone or one_family)
+    if not (machine_code or ptx):
+        has = ".".join(map(str, chip.capability))
+        return f"cuda: sire_fast._cuda was built for capability {_cuda.architectures}, and this GPU has {has}"
     driver, runtime = _cuda.versions()
-    least = runtime if chip.capability[0] not in _MACHINE_CODE else runtime // 1000 * 1000
+    least = runtime // 1000 * 1000 if machine_code else runtime
     if driver >= least:
         return ""
     told, needed = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, least))

@@ -14,6 +14,7 @@ from torch import Tensor
 from sire_fast.backends import gpu
 
 _INSTALLED = find_spec("triton") is not None
+_KERNELS = find_spec("sire_fast.kernels") is not None
 _LARGEST_HIDDEN = 1024
 
 
@@ -25,6 +26,8 @@ def why_not(*, cell: str, dtype: torch.dtype, device: torch.device, hidden_size:
     reasons = []
     if not _INSTALLED:
         reasons.append("triton: the package triton is not installed")
+    if not _KERNELS:
+        reasons.append("triton: sire_fast is not installed, and a checkout on the path has no module sire_fast.kernels")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type == "cuda":
         reasons += gpu.why_not_capability("triton", device, torch.cuda.get_device_capability(device))
