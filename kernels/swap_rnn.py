@@ -718,15 +718,26 @@ def backward_kernel(
                     first = block * BH
                     unit = first + tl.arange(0, BH)
                     address = _either(original, _row(du, at, G * H), _row(d_spans, in_span, D * H), ALIGN)
-                    d_h = tl.zeros((R, BH), wide)
+                    # a sum for each gate: in a single one every product would wait for the one before it. But matrix
+                    # units cut off what they add to: where float32 is meant, short sums are added up behind them
+                    SHORT: tl.constexpr = len(w_hh) == 2
+                    sums = _zeros(1 if SHORT else G, R, BH, wide)
                     for inner in range(tl.cdiv(H, BK)):
                         column = inner * BK + tl.arange(0, BK)
                         w = _load_weights(w_hh, column[:, None], unit[None, :], H, G)
                         mask = goes_on[:, None] & (column < H)[None, :]
+                        longer = ()
                         for g in tl.static_range(G):
                             du_g = tl.load(address[:, None] + g * H + column, mask, 0.0)
-                            # matrix units cut off what they add to, and would make each product wait for the last one
-                            d_h += _dot(du_g, w[g], tl.zeros((R, BH), wide), PRECISION)
+                            if SHORT:
+                                sums = (sums[0] + _dot(du_g, w[g], tl.zeros((R, BH), wide), PRECISION),)
+                            else:
+                                longer = longer + (_dot(du_g, w[g], sums[g], PRECISION),)
+                        if not SHORT:
+                            sums = longer
+                    d_h = sums[0]
+                    for g in tl.static_range(1, len(sums)):
+                        d_h += sums[g]
                     if STATES == 1:
                         d_h += _load(_row(carry, slot, H), live, first, H, 1, BH, AS_ONE)[0]
                     _store(_row(carry, slot, H), (d_h,), live, unit, H, AS_ONE)

@@ -56,19 +56,19 @@ def fastest(*, cell: str, dtype: torch.dtype, device: torch.device | str, hidden
 # serve. `python -m bench.model --table` prints it. Not measured, and good to 40 %
 PREDICTED_HIDDEN = (32, 64, 128, 256, 512, 1024)
 PREDICTED: dict[tuple[str, str, str], tuple[float, ...]] = {
-    ("rnn_tanh", "float32", "triton"): (1.9, 3.2, 8.5, 60.5, 220.1, 839.5),
+    ("rnn_tanh", "float32", "triton"): (1.9, 3.2, 7.7, 61.2, 224.1, 857.1),
     ("rnn_tanh", "float32", "cuda"): (3.2, 3.1, 6.0, 20.6, 86.4, math.inf),
     ("rnn_tanh", "bfloat16", "triton"): (1.3, 1.8, 3.0, 6.7, 66.9, 225.6),
     ("rnn_tanh", "bfloat16", "cuda"): (2.8, 2.7, 3.3, 9.5, 28.7, 150.8),
-    ("rnn_relu", "float32", "triton"): (1.7, 3.0, 7.5, 59.7, 218.3, 836.0),
+    ("rnn_relu", "float32", "triton"): (1.7, 3.0, 7.5, 60.3, 222.4, 853.6),
     ("rnn_relu", "float32", "cuda"): (3.1, 2.9, 5.7, 19.7, 83.1, math.inf),
     ("rnn_relu", "bfloat16", "triton"): (1.2, 1.6, 2.7, 5.8, 65.3, 222.1),
     ("rnn_relu", "bfloat16", "cuda"): (2.7, 2.7, 3.3, 9.4, 28.3, 149.3),
-    ("gru", "float32", "triton"): (3.9, 7.1, 30.0, 102.9, 379.5, 1456.0),
+    ("gru", "float32", "triton"): (3.9, 7.2, 30.0, 103.2, 381.2, 1464.1),
     ("gru", "float32", "cuda"): (5.7, 6.7, 12.3, 40.0, 153.5, math.inf),
     ("gru", "bfloat16", "triton"): (2.3, 3.2, 6.2, 35.0, 106.5, 361.0),
     ("gru", "bfloat16", "cuda"): (3.6, 3.6, 5.3, 15.2, 45.5, 232.3),
-    ("lstm", "float32", "triton"): (5.3, 9.3, 38.4, 132.0, 486.9, 1868.3),
+    ("lstm", "float32", "triton"): (5.3, 9.3, 38.8, 133.5, 493.6, 1895.7),
     ("lstm", "float32", "cuda"): (8.7, 9.2, 17.1, 52.8, 181.6, math.inf),
     ("lstm", "bfloat16", "triton"): (3.4, 4.6, 9.5, 43.0, 129.9, 438.8),
     ("lstm", "bfloat16", "cuda"): (4.5, 4.3, 6.7, 18.7, 45.5, 260.8),
