@@ -426,7 +426,7 @@ def prepare_all(
         if isinstance(answer, Lost):
             what = f"{name} {item or task.args[1][0]}: {answer.why}"
             clock.say(what)
-            if answer.died or item is None:  # a hang is a fault, too, and a case takes no longer
+            if answer.died or item is None:  # a hang is a fault, too: no case takes so long
                 group.failures.append(what)
             continue
         group.add(answer)

@@ -136,6 +136,9 @@ def test_who_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     call = {"cell": "gru", "device": "cpu", "hidden_size": 64}
     assert not backends.why_not("triton", dtype=torch.float16, **call)
     assert "H up to 1024" in backends.why_not("triton", dtype=torch.float16, **call | {"hidden_size": 1025})[0]
+    with monkeypatch.context() as of_a_folder_on_the_path:
+        of_a_folder_on_the_path.setattr(backends.triton, "_KERNELS", False)
+        assert "sire_fast is not installed" in backends.why_not("triton", dtype=torch.float16, **call)[0]
     monkeypatch.delenv("TRITON_INTERPRET")
     assert backends.why_not("triton", dtype=torch.float32, **call) == ["triton: runs on a GPU, got a tensor on cpu"]
     assert len(backends.why_not("triton", dtype=torch.float64, **call)) == 2

@@ -32,8 +32,8 @@ def constant(function: F) -> F:
     return of_numbers  # type: ignore[return-value]
 
 
-# (cell, padded H, dtype, capability) -> who was the fastest there, as bench.tune prints it: a
-# backend, or "torch" for cuDNN on the stacked variants
+# (cell, padded H, dtype, capability) -> who was the fastest there, as bench.tune prints it: a backend, or "torch" for
+# cuDNN on the stacked variants
 FASTEST: dict[tuple[str, int, str, int], str] = {}
 
 

@@ -57,9 +57,9 @@ def summary(name: str, experiment: Experiment, cases: Sequence[Case], results: S
                 first, *others = map(asdict, case.choices)
                 row["chosen"] = {k: runs[0]["trial"][k] for k in first if any(o[k] != first[k] for o in others)}
             if runs[0]["adaptive_swaps"]:
-                drawn = [max(1, *(run[each]["step"] for each in BUDGETS)) * case.trial.batch for run in runs]
                 # of the whole training, also where a budget ends before it
-                row["swaps_a_step"] = _spread([run["adaptive_swaps"] / n for run, n in zip(runs, drawn, strict=True)])
+                seen = [case.trial.batch * max(1, *(run[each]["step"] for each in BUDGETS)) for run in runs]
+                row["swaps_a_step"] = _spread([run["adaptive_swaps"] / n for run, n in zip(runs, seen, strict=True)])
             if any(run["diverged"] is not None for run in runs):
                 row["diverged"] = [run["diverged"] for run in runs]
             if shown == ["accuracy"] and (last := experiment.at[-1:]) and last[0] in columns:
