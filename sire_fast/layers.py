@@ -63,6 +63,11 @@ class _SwapLayer(nn.RNNBase):
             return _rebuilt, (_torch_class(type(self)), self.__getstate__())
         return super().__reduce_ex__(protocol)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and name not in self.__dict__ and not isinstance(value, nn.Module):
+            raise AttributeError(f"weight: {self} takes one from sire_fast.convert(model, weight=...)")
+        super().__setattr__(name, value)
+
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()
         replica._ledger = self._ledger.of_this_thread()
@@ -141,7 +146,8 @@ class _SwapLayer(nn.RNNBase):
             return output, last
         if self._ledger.watcher is None or torch.compiler.is_compiling():
             return self._with_variants(input, hx, lengths)
-        note = None if in_backward() else self._watch(input, hx, lengths)
+        unseen = in_backward() or torch._C._are_functorch_transforms_active()
+        note = None if unseen else self._watch(input, hx, lengths)
         output, last = self._plain(input, hx, lengths)
         if note:
             note.ends_with(output.data if isinstance(output, PackedSequence) else output)

@@ -1,7 +1,8 @@
 """Which forwards of a layer count for its penalty, and the weight with which the penalty joins by itself.
 
 A forward counts until it has been differentiated, or no longer can be: its weights have changed, or all that it
-returned is gone (the last few forwards count even then: the penalty alone may be wanted). That of a frozen layer, which
+returned is gone (where that holds for all of them, the last few count: the penalty alone may be wanted). That of a
+frozen layer, which
 nothing can differentiate, counts until its penalty has been read and the next begins. Each thread has its own.
 """
 
@@ -36,7 +37,7 @@ _keys = itertools.count()
 Weight = float | Tensor | Callable[[], float | Tensor]
 
 _NONE = -1
-_HELD = 4  # the last forwards, which count though nobody holds what they returned
+_HELD = 4  # the last forwards, which count where nobody holds what any of them returned
 
 _NEVER = "run a forward in training mode first"
 WITHOUT_GRADIENT = "the last forward ran under torch.no_grad(), in which no swaps are drawn"
@@ -68,6 +69,18 @@ _EVALUATED = (
 _DROPPED = (
     "a forward in training mode was dropped, and its penalty with it, before a backward; run forwards that do not "
     "train under torch.no_grad() or in eval()"
+)
+_NOT_TRAINED = (
+    "a forward in training mode had its share of the weight, and no backward came through it before those of the next "
+    "step; run forwards that do not train under torch.no_grad() or in eval()"
+)
+_GONE = (
+    "the penalty has joined the gradients of an earlier backward through this forward, which were set to None, and "
+    "does not join again: use them, or convert(model) and add weight * sire_fast.penalty(model) to the loss"
+)
+_OTHERS = (
+    "penalty(model) in a compiled function counts the forwards of its own graph alone, and others wait for a backward: "
+    "read it outside, and run forwards that do not train under torch.no_grad() or in eval()"
 )
 
 
@@ -106,6 +119,11 @@ class Forward:
             return True
         return self.mark.in_part and not _kept(self.node())
 
+    @property
+    def held(self) -> bool:
+        """Whether anybody holds what it returned."""
+        return self.node() is not None
+
     def ends_before(self, other: Forward) -> bool:
         """Whether it counts no more when another comes."""
         return self.over or (self.frozen and (self.read or not other.frozen))
@@ -141,6 +159,11 @@ class Note(Mark):
             return True
         node = self.node()
         return node is not None and (not self.in_part or _kept(node))
+
+    @property
+    def waits(self) -> bool:
+        """Whether somebody holds what the forward returned, and no backward has come through that."""
+        return not self.differentiated and not self.in_part and self.node is not None and self.node() is not None
 
     def ends_with(self, output: Tensor) -> None:
         """Learn of a backward through what the forward returned, which leaves no trace in it."""
@@ -240,6 +263,8 @@ class Ledger:
         self.watcher = torch.Generator().manual_seed(torch.initial_seed()) if watches else None
         self.key = next(_keys)
         self._local, self._shared = _Local(), None
+        # of the nodes that a backward runs again, perhaps in a thread of its own
+        self._rounds: weakref.WeakKeyDictionary[Any, Round] = weakref.WeakKeyDictionary()
         _ledgers[self.key] = self
         _prepare_compiler()
 
@@ -281,9 +306,12 @@ class Ledger:
             if transformed:
                 output, *last = _GiveTransformed.apply(self, compared.penalty, output, *last)
                 return output, tuple(last)
+            if not rerun and state.round.differentiated and any(n.waits for n in state.round.notes):
+                warn(_NOT_TRAINED)
             note = self.note(compared.penalty)
             if not torch.is_grad_enabled():
-                note.node = weakref.ref(runs_again())
+                again = runs_again()
+                note.node, self._rounds[again] = weakref.ref(again), note.round
                 return output, last
             trained = [w for w in weights if w.requires_grad] or [compared.penalty]
             sources = [node for t in trained if t.requires_grad for node in _behind(_node(t))]
@@ -322,10 +350,11 @@ class Ledger:
         with state.lock:
             if in_backward():
                 again = _function("backward")
-                for first in state.round.notes:
+                round = self._rounds.get(again, state.round) if again is not None else state.round
+                for first in round.notes:
                     if again is not None and first.node is not None and first.node() is again:
                         first.differentiated = True
-                return Note(penalty, state.round)
+                return Note(penalty, round)
             if state.round.differentiated:
                 state.round = Round()
             return state.round.add(penalty)
@@ -404,14 +433,15 @@ class Ledger:
         """
         if torch.compiler.is_compiling():
             self._untrained = None  # as far as anybody can see
-            return [(c, None) for c in self.traced]
+            alone = torch.ops.sire_fast.alone
+            return [(c._replace(penalty=alone(c.penalty, self.key)), None) for c in self.traced]
         state = self._state
         for passing, now in (
             (state.passing, in_backward() or torch._C._are_functorch_transforms_active()),
             (state.hidden, not torch.is_grad_enabled()),
         ):
             if passing and now:
-                found: list[tuple[Compared, Mark | None]] = [(c, None) for c in passing]
+                found: list[tuple[Compared, Mark | None]] = [(c, None) for c in passing if not _left(c.penalty)]
                 passing.clear()
                 return found
         if state.hidden:
@@ -422,12 +452,22 @@ class Ledger:
         last = self.traced if self._ran_by is state and not self._again else ()
         traced = [c for c in (*state.earlier, *last) if not _freed(c.penalty)]
         each: list[tuple[Compared, Mark | None]] = [(c, _mark(c)) for c in traced]
-        for forward in state.forwards:
-            compared = None if forward.over else forward.found()
+        forwards = [f for f in state.forwards if not f.over]
+        if any(f.held for f in forwards) and not all(f.held for f in forwards):
+            forwards = [f for f in forwards if f.held]  # the rest has no part in the loss
+            warn(_DROPPED)
+        for forward in forwards:
+            compared = forward.found()
             if compared:
                 forward.read = True
                 each.append((compared, forward.mark))
         return each
+
+    def tell_if_not_alone(self) -> None:
+        """Tell of forwards that a compiled function, which reads the penalty, cannot count."""
+        state = self._state
+        if any(f.held and not f.over for f in state.forwards) or not all(_freed(c.penalty) for c in state.earlier):
+            warn(_OTHERS)
 
     def joined(self) -> Tensor | None:
         """The penalty of the last round, detached, of a layer whose weight joins by itself; None if there is none."""
@@ -508,6 +548,11 @@ def warn(message: str) -> None:
     warnings.warn(f"sire_fast: {message}", stacklevel=level)
 
 
+def _left(tensor: Tensor) -> bool:
+    """Whether a tensor is of a torch.func.grad that is over."""
+    return torch._C._functorch.maybe_get_level(tensor) == -2
+
+
 def _mark(compared: Compared) -> Mark:
     """That of a forward in a compiled function, which the tensor that it returned holds."""
     return vars(compared.penalty).setdefault("sire_fast_mark", Mark())
@@ -520,7 +565,7 @@ def _freed(tensor: Tensor) -> bool:
 
 def _kept(node: Any) -> bool:
     """Whether the graph of what a forward returned, given its last node, is there and was not freed."""
-    return node is not None and _holds(one for one in _behind(node) if one is not node) is True
+    return node is not None and _holds(iter([node])) is True
 
 
 def _holds(nodes: Iterator[Any]) -> bool | None:
@@ -561,7 +606,7 @@ class _Give(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         joined, reached = None, _reached(ctx.sources)
-        if ctx.ledger.joins and _joins_now(ctx.mark, reached):
+        if ctx.ledger.joins and _joins_now(ctx.mark, reached, ctx.sources):
             joined = ctx.ledger.share(ctx.mark, ctx.like).expand(ctx.shape)
         if reached is None or reached or not ctx.sources:
             ctx.mark.differentiated = True
@@ -590,10 +635,14 @@ def _reached(sources: list[Any]) -> set[int] | None:
         return None
 
 
-def _joins_now(note: Note, reached: set[int] | None) -> bool:
+def _joins_now(note: Note, reached: set[int] | None, sources: list[Any]) -> bool:
     """Whether the penalty joins in this backward, given the nodes that it comes to, of weights and behind them: in each
     torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
     joins = reached is None or not reached <= note.joined
+    if reached and not joins:
+        leaves = [sources[n].variable for n in reached if hasattr(sources[n], "variable")]
+        if leaves and all(leaf.grad is None for leaf in leaves):
+            warn(_GONE)
     if joins and note.twice:
         raise RuntimeError(f"weight: {_TWICE}")
     note.twice = note.twice or (joins and torch.is_grad_enabled())
@@ -624,6 +673,7 @@ class _GiveTransformed(torch.autograd.Function):
 ops.LIBRARY.define("note(Tensor penalty, int ledger, bool frozen) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 ops.LIBRARY.define("share(Tensor gradient, Tensor note) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 ops.LIBRARY.define("turn(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
+ops.LIBRARY.define("alone(Tensor penalty, int ledger) -> Tensor", tags=torch.Tag.cudagraph_unsafe)
 
 
 class _GiveTraced(torch.autograd.Function):
@@ -695,6 +745,16 @@ def _turned(penalty: Tensor, ledger: int) -> Tensor:
 
 
 torch.library.register_autograd("sire_fast::turn", lambda ctx, gradient: (gradient, None))
+
+
+@torch.library.impl("sire_fast::alone", "CompositeExplicitAutograd")
+def _alone(penalty: Tensor, ledger: int) -> Tensor:
+    _ledgers[ledger].tell_if_not_alone()
+    return penalty.clone()
+
+
+torch.library.register_fake("sire_fast::alone", _turned)
+torch.library.register_autograd("sire_fast::alone", lambda ctx, gradient: (gradient, None))
 
 
 _traces: weakref.WeakKeyDictionary[TracingContext, set[int]] = weakref.WeakKeyDictionary()

@@ -20,8 +20,8 @@ def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None,
 
     It is the mean over sequences and variants of the squared distance between what a layer computes for a sequence
     and for its variant, summed over the layer's units, and over the layers of the model. Of a layer that was called
-    several times all forwards count that no backward has come through yet (a checkpoint's second run is none); each
-    thread has its own. Reading it changes nothing.
+    several times all forwards count that no backward has come through yet (a checkpoint's second run is none), but for
+    those whose results are gone while others' are there; each thread has its own. Reading it changes nothing.
 
     Of layers whose penalty joins the loss by itself (`weight`) it is detached, for logging: that of the forwards up to
     the last backward, also after it.

@@ -12,7 +12,7 @@ import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -324,6 +324,28 @@ def test_all_calls_before_a_backward_count(layer: sire_fast.GRU, hold: bool) -> 
     expected = sum(p * n for p, n in zip(alone, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(sire_fast.penalty(layer), expected)
     torch.testing.assert_close(sire_fast.penalty(layer), expected)  # reading changes nothing
+
+
+@pytest.mark.parametrize("guard", ["task", "exception"])
+def test_a_batch_that_is_left_out_has_no_part_in_the_next_penalty(layer: sire_fast.GRU, guard: str) -> None:
+    """A NaN in it would reach all weights."""
+
+    def learn(x: Tensor) -> None:
+        output, _ = layer(x)
+        if guard == "exception" and x.isnan().any():
+            raise ValueError
+        task = output.square().mean()
+        if task.isfinite():
+            layer.zero_grad()
+            (task + 0.1 * sire_fast.penalty(layer)).backward()
+
+    learn(X)
+    expected = _gradients(layer)
+    with suppress(ValueError):
+        learn(torch.full_like(Y, torch.nan))
+    with pytest.warns(UserWarning, match="a forward in training mode was dropped"):
+        learn(X)
+    torch.testing.assert_close(_gradients(layer), expected)
 
 
 def test_a_long_chain_of_calls_counts_whole(layer: sire_fast.GRU) -> None:
@@ -640,6 +662,113 @@ def test_a_weight_joins_in_checkpoints(layer: sire_fast.GRU, reentrant: bool) ->
         (run(x) + run(2 * x)).backward()
         results.append((_gradients(layer), sire_fast.penalty(layer)))
     torch.testing.assert_close(*results)
+
+
+def test_a_weight_joins_in_checkpoints_that_another_thread_differentiates(layer: sire_fast.GRU) -> None:
+    """As that of a GPU does, always."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+    x, results = X.clone().requires_grad_(), []
+    for in_thread in (False, True):
+        layer.zero_grad()
+        loss = sum(checkpoint(lambda x: layer(x)[0].sum(), n * x, use_reentrant=True) for n in (1, 2, 3))
+        if in_thread:
+            thread = threading.Thread(target=loss.backward)
+            thread.start()
+            thread.join()
+        else:
+            loss.backward()
+        results.append(_gradients(layer))
+    torch.testing.assert_close(*results)
+
+
+def test_a_forward_that_takes_a_share_and_is_not_trained_is_told(layer: sire_fast.GRU) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+    target = layer(Y)[0]
+    (layer(X)[0].sum() - target.detach().sum()).backward()
+    with pytest.warns(UserWarning, match="had its share of the weight, and no backward came through it"):
+        layer(X)[0].sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):  # accumulated, one after the other, and kept
+            kept = [layer(x)[0] for x in (X, Y)]
+            for output in kept:
+                output.sum().backward()
+
+
+def test_a_second_backward_after_the_gradients_are_gone_is_told(layer: sire_fast.GRU) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+    loss = layer(X)[0].sum()
+    loss.backward(retain_graph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss.backward(retain_graph=True)  # they are added up
+    layer.zero_grad()
+    with pytest.warns(UserWarning, match="which were set to None, and does not join again"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"proj_size": 2}], ids=[*OPTIONS, "torch's"])
+def test_a_gradient_for_the_input_ends_no_forward(options: dict[str, Any], weight: float | None) -> None:
+    """Whatever computes the layer, torch's own kernels among it."""
+    layer = sire_fast.LSTM(3, 4, **options, swaps=PAIRS, weight=weight).double()
+    results = []
+    for for_input in (False, True):
+        torch.manual_seed(0)
+        layer.zero_grad()
+        x = X.clone().requires_grad_()
+        loss = layer(x)[0].sum()
+        if for_input:
+            torch.autograd.grad(loss, x, retain_graph=True)
+        loss = loss + layer(Y)[0].sum()
+        (loss + (0.3 * sire_fast.penalty(layer) if weight is None else 0)).backward()
+        results.append(_gradients(layer))
+    torch.testing.assert_close(*results)
+
+
+def test_a_transform_that_is_over_has_no_part_in_the_next(layer: sire_fast.GRU) -> None:
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, with_penalty: bool = True) -> Tensor:
+        output = torch.func.functional_call(layer, parameters, (x,))[0].sum()
+        return output + sire_fast.penalty(layer) if with_penalty else output
+
+    expected = torch.func.grad(loss)(parameters, X)
+    torch.func.grad(loss)(parameters, 10 * Y, False)
+    torch.testing.assert_close(torch.func.grad(loss)(parameters, X), expected)
+
+
+def test_a_weight_of_zero_takes_no_note_of_a_transform(layer: sire_fast.GRU) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0)
+    layer(X)
+    expected = sire_fast.penalty(layer)
+    torch.func.vmap(lambda x: layer(x)[0].sum())(torch.stack((X, X)))
+    torch.testing.assert_close(sire_fast.penalty(layer), expected)
+
+
+def test_a_compiled_function_tells_of_forwards_that_it_cannot_count(layer: sire_fast.GRU) -> None:
+    torch._dynamo.reset()
+
+    def loss(x: Tensor, broken: bool = False, before: Tensor | None = None) -> Tensor:
+        output = layer(x)[0].sum()
+        if broken:
+            torch._dynamo.graph_break()
+            output = output + layer(2 * x)[0].sum()
+        return output + sire_fast.penalty(layer) + (0 if before is None else before.sum())
+
+    run = torch.compile(loss, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="sire_fast")
+        for _ in range(2):
+            run(X).backward()
+    for more in ({"broken": True}, {"before": layer(Y)[0]}):
+        with pytest.warns(UserWarning, match="counts the forwards of its own graph alone, and others wait"):
+            run(X, **more).backward()
+
+
+def test_a_weight_is_not_set_on_a_layer(layer: sire_fast.GRU) -> None:
+    with pytest.raises(AttributeError, match=r"weight: GRU.* takes one from sire_fast.convert"):
+        layer.weight = 0.5
 
 
 @pytest.mark.parametrize("weight", [None, 0.3])
