@@ -64,7 +64,8 @@ class _SwapLayer(nn.RNNBase):
         return super().__reduce_ex__(protocol)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and name not in self.__dict__ and not isinstance(value, nn.Module):
+        # a subclass may have one of its own
+        if name == "weight" and not hasattr(self, name) and not isinstance(value, (nn.Module, nn.Parameter)):
             raise AttributeError(f"weight: {self} takes one from sire_fast.convert(model, weight=...)")
         super().__setattr__(name, value)
 

@@ -771,6 +771,17 @@ def test_a_weight_is_not_set_on_a_layer(layer: sire_fast.GRU) -> None:
         layer.weight = 0.5
 
 
+def test_a_weight_of_a_subclass_stays_its_own() -> None:
+    class Weighted(nn.GRU):
+        def __init__(self) -> None:
+            super().__init__(3, 4)
+            self.weight = 0.5
+
+    layer = sire_fast.convert(Weighted(), swaps=Uniform(2), weight=0.1)
+    layer.weight = 0.7
+    assert (layer.weight, layer._ledger.weight) == (0.7, 0.1)
+
+
 @pytest.mark.parametrize("weight", [None, 0.3])
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's
 def test_checkpoints_of_compiled_layers(layer: sire_fast.GRU, weight: float | None) -> None:
