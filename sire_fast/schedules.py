@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -224,8 +225,22 @@ class AdaptiveWeight(_Adaptive):
         return f"AdaptiveWeight(weight={self.weight:g})"
 
 
+class _Scaled:
+    """A weight times the factor by which a loop multiplies its loss. Out of the loop, in a copy or a file, the factor
+    is 1."""
+
+    def __init__(self, weight: float | AdaptiveWeight, factor: Callable[[], float] = lambda: 1.0) -> None:
+        self.weight, self.factor = weight, factor
+
+    def __call__(self) -> float:
+        return (self.weight() if isinstance(self.weight, AdaptiveWeight) else self.weight) * self.factor()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Scaled, (self.weight,)
+
+
 # so that a file of a whole model may hold them, see sire_fast.layers
-torch.serialization.add_safe_globals([AdaptiveSwaps, AdaptiveWeight])
+torch.serialization.add_safe_globals([AdaptiveSwaps, AdaptiveWeight, _Scaled])
 
 
 def parse(text: str) -> Sampler | None:

@@ -363,6 +363,16 @@ def test_bad_input_is_told_in_one_line(capsys, monkeypatch, tmp_path, arguments,
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_result_does_not_take_the_place_of_a_pipe_or_device(capsys, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        code, out, err = command(capsys, "bench", "--out", str(tmp_path / name))
+        assert (code, out) == (2, "")
+        assert err == f"sire-fast: {tmp_path / name}: expected a regular file in a directory that exists\n"
+
+
 def test_the_suite_measures_every_goal_and_draws(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "bench.suite", "--quick", "--out", str(tmp_path)],

@@ -6,6 +6,12 @@ decides that answer, so the penalty shows in how far another order still moves t
 
 from __future__ import annotations
 
+import copy
+import gc
+import io
+import json
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +78,45 @@ def test_the_probe_leaves_modes_as_they_were() -> None:
     assert [model.training, model.rnn.training, model.head.training] == [True, True, False]
 
 
+def test_a_probe_has_the_dtype_of_the_model() -> None:
+    joined = Joined(probe=data().tensors[0])
+    assert joined.order_sensitivity(Model().double())["sire/order_sensitivity"] > 0
+
+
+def test_a_step_tells_what_there_is() -> None:
+    """An error here would end somebody's training for a line of its log."""
+    schedule, model = AdaptiveWeight(0.1), Model()
+    joined = Joined(schedule)
+    joined.join(model, lambda: 1.0)
+    assert joined.after_step(model, 1.0) == {"sire/weight": 0.1}
+    model(data().tensors[0]).square().mean().backward()
+    assert joined.after_step(model, None).keys() == {"sire/weight", "sire/penalty"}
+    assert schedule.ratio == 1
+    assert joined.after_step(model, 1.0).keys() == {"sire/weight", "sire/penalty", "sire/penalty_to_loss"}
+    assert schedule.ratio != 1
+
+
+@pytest.mark.parametrize("weight", [0.1, AdaptiveWeight(0.1)], ids=["number", "adaptive"])
+def test_a_joined_model_can_be_copied_and_saved(weight: float | AdaptiveWeight) -> None:
+    """Whoever reads it has no loop, whose factor the gradient would keep; the loop may not be a thing to save."""
+
+    def gradient(model: nn.Module) -> Tensor:
+        model.zero_grad()
+        (0 * model(data().tensors[0])).sum().backward()  # the penalty's alone
+        return model.rnn.weight_hh_l0.grad
+
+    model, file = _seeded(), io.BytesIO()
+    Joined(weight, swaps=Adjacent("all")).join(model, lambda: 7.0)
+    expected = gradient(model) / 7
+    torch.save(model, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([Model, set, nn.Linear]):
+        loaded = torch.load(file, weights_only=True)
+    for twin in (pickle.loads(pickle.dumps(model)), loaded):
+        torch.testing.assert_close(gradient(twin), expected)
+    torch.testing.assert_close(gradient(copy.deepcopy(model)) / 7, expected)  # of the same loop
+
+
 def test_plain_loop() -> None:
     x, y = data().tensors
     plain, sire = Model(), sire_fast.convert(Model(), swaps=Uniform(4), compare="end")
@@ -134,10 +179,37 @@ def test_hugging_face_trainer(tmp_path) -> None:
     class SireTrainer(transformers.Trainer):
         def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-            loss = loss + WEIGHT * sire_fast.penalty(model)  # 0 in evaluation
+            scaled = self.model_accepts_loss_kwargs and kwargs.get("num_items_in_batch") is not None
+            share = self.current_gradient_accumulation_steps if scaled else 1
+            loss = loss + WEIGHT / share * sire_fast.penalty(model)  # 0 in evaluation
             return (loss, outputs) if return_outputs else loss
 
+    class Normalised(Model):
+        def forward(self, inputs: Tensor, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+            count = kwargs.get("num_items_in_batch", len(labels))
+            return {"loss": mse_loss(super().forward(inputs), labels, reduction="sum") / count}
+
     rows = [{"inputs": x, "labels": y} for x, y in data()]
+    for kind in (WithLoss, Normalised):  # one step on two batches
+        torch.manual_seed(0)
+        model = sire_fast.convert(kind(), swaps=Adjacent("all"), compare="end")
+        settings = transformers.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            max_steps=1,
+            per_device_train_batch_size=32,
+            gradient_accumulation_steps=2,
+            max_grad_norm=0,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        optimiser = torch.optim.SGD(model.parameters(), 0.1)
+        constant = torch.optim.lr_scheduler.ConstantLR(optimiser, 1.0)
+        SireTrainer(model, settings, train_dataset=rows, optimizers=(optimiser, constant)).train()
+        expected = _expected(WEIGHT)
+        torch.testing.assert_close(model.rnn.weight_hh_l0, expected.rnn.weight_hh_l0, rtol=1e-4, atol=1e-5)
+
     settings = transformers.TrainingArguments(
         str(tmp_path),
         use_cpu=True,
@@ -220,6 +292,101 @@ def test_the_callback_for_lightning_joins_what_accumulation_divides(tmp_path) ->
 
 @pytest.mark.proof
 @others_warn
+@pytest.mark.parametrize("manual", [False, True], ids=["left-out", "manual"])
+def test_the_callback_for_lightning_where_a_step_returns_no_loss(tmp_path, manual: bool) -> None:
+    """And all loggers get what the first gets, and no model keeps its trainer alive."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.loggers import CSVLogger
+
+    from sire_fast.integrations.lightning import Sire
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.automatic_optimization = Model(), not manual
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor | None:
+            if index == 0:
+                return None
+            loss = mse_loss(self.model(batch[0]), batch[1])
+            if not manual:
+                return loss
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return None
+
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            self.model(batch[0])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    loggers = [CSVLogger(tmp_path, name) for name in ("first", "second")]
+    sire = Sire(0.1, probe=data().tensors[0], predict=lambda module, x: module.model(x))
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[sire],
+        logger=loggers,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module()
+    batches = DataLoader(data(), batch_size=16)
+    trainer.fit(module, batches, batches)
+    for name in ("first", "second"):
+        (told,) = (tmp_path / name).rglob("metrics.csv")
+        header = told.read_text().splitlines()[0].split(",")
+        assert {"sire/penalty", "sire/weight", "sire/order_sensitivity"} <= set(header)
+        assert ("sire/penalty_to_loss" in header) is not manual
+    model, trainer = module.model, weakref.ref(trainer)
+    del module, sire, loggers, batches
+    gc.collect()
+    assert trainer() is None
+    mse_loss(model(data().tensors[0]), data().tensors[1]).backward()
+
+
+@pytest.mark.proof
+@others_warn
+def test_lightning_goes_on_with_an_adaptive_weight(tmp_path) -> None:
+    lightning = pytest.importorskip("lightning")
+    from sire_fast.integrations.lightning import Sire
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+            return mse_loss(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def fit(epochs: int, **options: Any) -> AdaptiveWeight:
+        schedule = AdaptiveWeight(0.1)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_epochs=epochs,
+            callbacks=[Sire(schedule)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(Module(), DataLoader(data(), batch_size=16), **options)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return schedule
+
+    first = fit(1)
+    assert first.state_dict() != AdaptiveWeight(0.1).state_dict()
+    assert fit(1, ckpt_path=tmp_path / "last.ckpt").state_dict() == first.state_dict()
+
+
+@pytest.mark.proof
+@others_warn
 def test_the_callback_for_the_hugging_face_trainer(tmp_path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -263,11 +430,67 @@ def test_the_callback_for_the_hugging_face_trainer(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"Sire\(\.\.\.\)\.attach\(trainer\)"):
         transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows, callbacks=[Sire(0.1)]).train()
     Sire(3.0, **options).attach(trainer)
+    reported, probed = [], []
+
+    class Reports(transformers.TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            reported.append(dict(logs))
+
+    trainer.add_callback(Reports())
+    model.model.head.register_forward_hook(lambda head, x, y: probed.append(len(y) == len(rows)))
     trainer.train()
+    assert sum(probed) == 2  # the probe and its reordered twin, once
+    (evaluated,) = (line for line in reported if "eval_loss" in line)
+    (kept,) = (line for line in trainer.state.log_history if "sire/order_sensitivity" in line)
+    assert "eval_loss" in kept
+    assert evaluated["sire/order_sensitivity"] == kept["sire/order_sensitivity"]
+    trainer.log = lambda logs: transformers.Trainer.log(trainer, dict(logs))  # as a subclass may
+    assert "sire/order_sensitivity" in trainer.evaluate()
     expected = _expected(3.0)
     torch.testing.assert_close(model.model.rnn.weight_hh_l0, expected.rnn.weight_hh_l0, rtol=1e-4, atol=1e-6)
     told = {name for line in trainer.state.log_history for name in line}
     assert {f"sire/{name}" for name in ("penalty", "weight", "penalty_to_loss", "order_sensitivity")} <= told
+
+
+@pytest.mark.proof
+@others_warn
+@pytest.mark.parametrize("restore", [False, True])
+def test_hugging_face_goes_on_with_an_adaptive_weight(tmp_path, restore: bool) -> None:
+    """With a model that the Trainer builds anew in train()."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from sire_fast.integrations.transformers import Sire
+
+    class WithLoss(Model):
+        def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return {"loss": mse_loss(super().forward(inputs), labels)}
+
+    rows = [{"inputs": x, "labels": y} for x, y in data()]
+
+    def train(steps: int, resume: bool) -> AdaptiveWeight:
+        settings = transformers.TrainingArguments(
+            str(tmp_path),
+            use_cpu=True,
+            max_steps=steps,
+            per_device_train_batch_size=32,
+            report_to="none",
+            save_steps=2,
+            logging_steps=1,
+            disable_tqdm=True,
+            restore_callback_states_from_checkpoint=restore,
+        )
+        trainer = transformers.Trainer(model_init=WithLoss, args=settings, train_dataset=rows)
+        schedule = AdaptiveWeight(0.1)
+        Sire(schedule).attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        assert isinstance(trainer.model.rnn, sire_fast.LSTM)
+        return schedule
+
+    first = train(2, resume=False)
+    (told,) = tmp_path.rglob("trainer_state.json")
+    assert first.state_dict() in json.loads(told.read_text())["stateful_callbacks"].values()
+    again = train(2, resume=True)
+    assert again.state_dict() == first.state_dict() != AdaptiveWeight(0.1).state_dict()
 
 
 @pytest.mark.proof

@@ -483,6 +483,8 @@ def test_points_from_hdf5(tmp_path, layout):
             for key, array in arrays.items():
                 file[key] = array
     split = data.points(tmp_path)
+    # published numbers are set beside those of data of that name
+    assert split.source.startswith({"authors": "clouds: ", "ModelNet40": f"{tmp_path.name}: "}[layout])
     assert (split.y.tolist(), split.test_y.tolist()) == ([0, 1, 2, 3], [4, 5])
     torch.testing.assert_close(split.test_x, data._standard(torch.from_numpy(x[4:])))
 
@@ -508,8 +510,18 @@ def test_a_damaged_file_is_told_in_a_line(tmp_path, capsys, experiment, name, co
 
 @pytest.mark.parametrize(
     "changes",
-    [{"x": np.ones((6, 30))}, {"y": np.arange(5) % 2}, {"test": np.zeros(6)}, {"test": np.ones(6)}],
-    ids=["flat", "a class too few", "no test", "only a test"],
+    [
+        {"x": np.ones((6, 30))},
+        {"x": np.full((6, 10, 3), "1")},
+        {"y": np.arange(5) % 2},
+        {"y": np.array([*"ababab"])},
+        {"y": np.arange(6) - 1},
+        {"y": np.arange(6) / 2},
+        {"y": np.full(6, np.nan)},
+        {"test": np.zeros(6)},
+        {"test": np.ones(6)},
+    ],
+    ids=["flat", "text", "a class too few", "words", "negative", "halves", "NaN", "no test", "only a test"],
 )
 def test_arrays_that_do_not_fit_are_told_in_a_line(tmp_path, capsys, changes):
     arrays = {"x": np.ones((6, 10, 3)), "y": np.arange(6) % 2, "test": np.arange(6) > 3}
@@ -518,6 +530,29 @@ def test_arrays_that_do_not_fit_are_told_in_a_line(tmp_path, capsys, changes):
     error = capsys.readouterr().err
     assert "modelnet.npz: cannot be read: " in error
     assert error.count("\n") == 1
+
+
+def test_images_of_more_than_ten_classes_are_told_in_a_line(tmp_path, capsys):
+    x, y = np.ones((20, 8, 8), np.uint8), np.arange(20)
+    np.savez(tmp_path / "mnist.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    assert cli.run(["reproduce", "lp-mnist-rows", "--data", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "mnist.npz: cannot be read: expected classes as whole numbers from 0 on, below 10" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("preset", reproduce.PRESETS)
+def test_clouds_of_fewer_points_than_a_row_tells_are_refused(tmp_path, capsys, preset):
+    """Before the first training: "1000 points" would read what there is, or end the experiment after a day."""
+    count = {"quick": 99, "full": 999}[preset]
+    x = np.random.default_rng(0).normal(size=(20, count, 3))
+    np.savez(tmp_path / "modelnet.npz", x=x, y=np.arange(20) % 2, test=np.arange(20) > 15)
+    assert cli.run(["reproduce", "table1", "--preset", preset, "--data", str(tmp_path), "--out", "out"]) == 2
+    error = capsys.readouterr().err
+    assert f"data: expected at least {count + 1} points in a cloud, got {count}" in error
+    assert error.count("\n") == 1
+    with pytest.raises(ValueError, match=f"at least {count + 1} points"):
+        problems.Classes(data.points(tmp_path), count + 1)
 
 
 def test_two_processes_do_not_run_one_experiment_into_one_directory(tmp_path, capsys):
@@ -580,7 +615,8 @@ def test_bad_input_is_told_in_a_line(capsys, arguments, message):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("preset", reproduce.PRESETS)
 def test_every_trial_has_a_file_of_its_own(monkeypatch, tmp_path, name, preset):
-    nothing = data.Split(torch.zeros(0, 2, 2), torch.zeros(0), torch.zeros(0, 2, 2), torch.zeros(0), 1, "nothing")
+    x = torch.zeros(0, 1000, 2)
+    nothing = data.Split(x, torch.zeros(0), x, torch.zeros(0), 1, "nothing")
     monkeypatch.setattr(data, "images", lambda path: nothing)
     monkeypatch.setattr(data, "points", lambda path: nothing)
     rows = reproduce.plan(name, preset, 2, None, tmp_path)

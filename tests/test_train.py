@@ -27,6 +27,8 @@ from sire_fast.lab import benchmark, cli, train
 from sire_fast.lab.tasks import TASKS
 from sire_fast.lab.train import FILES, Config, Run, claim
 
+has_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch, tmp_path):
@@ -233,6 +235,17 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path):
         benchmark.write(path, fails)
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_link_stays_one(tmp_path):
+    target, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    target.parent.mkdir()
+    link.symlink_to(Path("elsewhere/file"))
+    for content in ("first", "second"):  # there is no such file yet, and there is one
+        benchmark.write(link, content)
+        assert link.is_symlink()
+        assert target.read_text() == content
+    assert [*target.parent.iterdir()] == [target]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -536,6 +549,40 @@ def test_demo(capsys, monkeypatch):
     assert command(capsys, "demo", "--force")[0] == 0
 
 
+@pytest.mark.skipif(train.fcntl is None, reason="no locks of directories")
+def test_a_demo_deletes_nothing_where_it_cannot_start(capsys):
+    runs = [Path("runs/demo", name) for name in ("plain", "sire")]
+    for run in runs:
+        run.mkdir(parents=True)
+        (run / "result.json").write_text("{}")
+    for held in runs:
+        with train.alone(held):
+            code, _, err = command(capsys, "demo", "--force")
+        assert (code, err) == (
+            2,
+            f"sire-fast: {held}: another process writes there; wait for it, or take another directory\n",
+        )
+        assert all((run / "result.json").exists() for run in runs)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["check", "--cell", "gru", "--dtype", "float32", "--H", "7"]])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=has_full)], ids=["reader gone", "disk full"])
+def test_output_that_nobody_gets_ends_with_exit_code_1(words, full):
+    """Python, which flushes it at its end, would show an ignored exception and end with 120."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open("/dev/full" if full else writing, "w") as out:
+        done = subprocess.run(
+            [sys.executable, "-m", "sire_fast", *words],
+            env={**os.environ, "PYTHONPATH": str(Path(sire_fast.__file__).parents[1]), "PYTHONUNBUFFERED": ""},
+            stdout=out,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    told = f"sire-fast: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n" if full else ""
+    assert (done.returncode, done.stderr) == (1, told)
+
+
 @pytest.mark.parametrize("out", [[], ["--out", "a b"]], ids=str)
 def test_what_starts_a_demo_again_after_ctrl_c_has_all_that_was_given(capsys, monkeypatch, out):
     def interrupted(*_):
@@ -545,6 +592,17 @@ def test_what_starts_a_demo_again_after_ctrl_c_has_all_that_was_given(capsys, mo
     code, _, err = command(capsys, "demo", *out)
     assert code == 130
     assert shlex.split(err.partition("again: ")[2]) == ["sire-fast", "demo", "--force", *out]
+
+
+def test_what_goes_on_after_ctrl_c_has_the_log(capsys, monkeypatch):
+    def interrupted(run, *_):
+        run.save()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_follow", interrupted)
+    monkeypatch.setattr(Run, "show_in_tensorboard", lambda *_: None)
+    _, _, err = command(capsys, "train", "sum", *TINY, "--log", "a b")
+    assert err.endswith("to go on: sire-fast train sum --resume runs/sum --log 'a b'\n")
 
 
 def test_ctrl_c_keeps_the_checkpoint():

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sire_fast.inspection import evaluating
-from sire_fast.layers import convert
+from sire_fast.layers import _SwapLayer, convert
 from sire_fast.penalties import penalty
-from sire_fast.schedules import AdaptiveWeight
+from sire_fast.schedules import AdaptiveWeight, _Scaled
 from sire_fast.swaps import Adjacent, Sampler
 
 
@@ -42,21 +42,20 @@ class Joined:
         super().__init__()
         self.weight, self.swaps, self.compare = weight, swaps, compare
         self.probe, self.batch_first, self.predict = probe, batch_first, predict
-        self.factor: Callable[[], float] | None = None
 
     def join(self, model: nn.Module, factor: Callable[[], float]) -> None:
         """Convert a model whose loop multiplies the loss of each batch by a factor."""
-        self.factor = factor
-        convert(model, self.swaps, self.compare, lambda: self._weight * factor())
+        convert(model, self.swaps, self.compare, _Scaled(self.weight, factor))
 
-    @property
-    def _weight(self) -> float:
-        return self.weight() if isinstance(self.weight, AdaptiveWeight) else self.weight
-
-    def after_step(self, model: nn.Module, loss: float) -> dict[str, float]:
-        """Numbers of a step to log: penalty, its ratio to the loss, and the weight, which then follows them."""
-        found = penalty(model).item()
-        told = {"sire/penalty": found, "sire/weight": self._weight}
+    def after_step(self, model: nn.Module, loss: float | None) -> dict[str, float]:
+        """Numbers of a step to log: penalty, its ratio to the loss, and the weight, which then follows them. What there
+        is not, a loss or a forward so far, is left out."""
+        told = {"sire/weight": _Scaled(self.weight)()}
+        if all(m._ledger.joined() is None for m in model.modules() if isinstance(m, _SwapLayer)):
+            return told
+        told["sire/penalty"] = found = penalty(model).item()
+        if loss is None:
+            return told
         if loss > 0:
             told["sire/penalty_to_loss"] = found / loss
         if isinstance(self.weight, AdaptiveWeight) and loss >= 0:
@@ -69,7 +68,8 @@ class Joined:
         probe."""
         if self.probe is None:
             return {}
-        x = self.probe.to(next(model.parameters()).device)
+        parameter = next(model.parameters())
+        x = self.probe.to(parameter.device, parameter.dtype if self.probe.is_floating_point() else None)
         time, batch = (1, 0) if self.batch_first else (0, 1)
         generator = torch.Generator().manual_seed(0)
         order = torch.rand(x.shape[batch], x.shape[time], generator=generator).argsort(1).to(x.device)

@@ -5,39 +5,57 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
 from torch import Tensor
 
 from sire_fast.integrations import Joined
+from sire_fast.schedules import AdaptiveWeight
 
 
 class Sire(Joined, lightning.Callback):
     """Converts the recurrent layers of the module that is fitted; the module and its loss stay as they are.
 
     It logs the penalty, its ratio to the loss and the weight every `log_every_n_steps`, and the order sensitivity after
-    each validation. Accumulated batches and loss scales are taken into account. Arguments: see Joined.
+    each validation. Accumulated batches and loss scales are taken into account. Where `training_step` returns no loss
+    (manual optimisation, a batch that is left out) there is no ratio, and an AdaptiveWeight stays as it is. Checkpoints
+    hold the state of an AdaptiveWeight. Arguments: see Joined.
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        loop = weakref.ref(trainer)  # the model may outlive it
 
         def factor() -> float:
+            trainer = loop()
+            if trainer is None:
+                return 1.0
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             return (scaler.get_scale() if scaler else 1.0) / trainer.accumulate_grad_batches
 
         self.join(pl_module, factor)
 
+    def state_dict(self) -> dict[str, Any]:
+        return self.weight.state_dict() if isinstance(self.weight, AdaptiveWeight) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if isinstance(self.weight, AdaptiveWeight):
+            self.weight.load_state_dict(state_dict)
+
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            # Lightning has divided it by the number of accumulated batches
-            pl_module.log_dict(self.after_step(pl_module, loss.item() * trainer.accumulate_grad_batches))
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        found = loss.item() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        # Lightning has divided it by the number of accumulated batches
+        whole = None if found is None else found * trainer.accumulate_grad_batches
+        pl_module.log_dict(self.after_step(pl_module, whole))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.logger and (told := self.order_sensitivity(pl_module)):
-            trainer.logger.log_metrics(told, step=trainer.global_step)
+        told = self.order_sensitivity(pl_module) if trainer.loggers else {}
+        for logger in trainer.loggers if told else ():
+            logger.log_metrics(told, step=trainer.global_step)

@@ -6,12 +6,17 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import transformers
 from torch import nn
 
 from sire_fast.integrations import Joined
+from sire_fast.schedules import AdaptiveWeight
+
+_STATE = "sire_fast"  # no class of a callback, which the Trainer would build again without its arguments
 
 
 class Sire(Joined, transformers.TrainerCallback):
@@ -19,37 +24,52 @@ class Sire(Joined, transformers.TrainerCallback):
 
     Wherever the Trainer logs a loss, it adds the penalty of the last step, its ratio to the loss and the weight, and to
     the metrics of an evaluation the order sensitivity. An AdaptiveWeight follows what is logged: its steps are the
-    Trainer's `logging_steps` apart. Accumulated batches and loss scales are taken into account.
-    Arguments: see Joined.
+    Trainer's `logging_steps` apart; checkpoints hold its state. Accumulated batches and loss scales are taken into
+    account. Arguments: see Joined.
     """
+
+    _factor: Callable[[], float] | None = None
+    _sensitivity: dict[str, float] | None = None  # of the evaluation that was logged last
 
     def attach(self, trainer: transformers.Trainer) -> Sire:
         """Add it to a Trainer, before the callbacks that report, so that they see what it logs."""
+        loop = weakref.ref(trainer)  # the model may outlive it
 
         def factor() -> float:
+            trainer = loop()
+            if trainer is None:
+                return 1.0
             scaler = getattr(trainer.accelerator, "scaler", None)
             return (scaler.get_scale() if scaler else 1.0) / trainer.current_gradient_accumulation_steps
 
+        self._factor = factor
         self.join(trainer.model, factor)
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        if self.factor is None:
+        if self._factor is None:
             raise ValueError(
                 "Sire: expected to be added by Sire(...).attach(trainer), which knows how losses are scaled"
             )
+        self.join(model, self._factor)  # a Trainer with model_init has built another
+        if isinstance(self.weight, AdaptiveWeight) and _STATE in state.stateful_callbacks:
+            self.weight.load_state_dict(state.stateful_callbacks[_STATE])
 
     def on_log(
         self, args: Any, state: Any, control: Any, model: nn.Module, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         if "loss" in logs:
-            self._tell(state, logs, self.after_step(model, float(logs["loss"])))
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, model: nn.Module, metrics: dict, **kwargs: Any) -> None:
-        self._tell(state, metrics, self.order_sensitivity(model))
-
-    def _tell(self, state: Any, told: dict[str, Any], more: dict[str, float]) -> None:
-        told.update(more)
+            more = self.after_step(model, float(logs["loss"]))
+            if isinstance(self.weight, AdaptiveWeight):
+                state.stateful_callbacks[_STATE] = self.weight.state_dict()
+        elif any(key.startswith("eval_") for key in logs):
+            more = self._sensitivity = self.order_sensitivity(model)
+        else:
+            return
+        logs.update(more)
         if state.log_history:
             state.log_history[-1].update(more)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: nn.Module, metrics: dict, **kwargs: Any) -> None:
+        metrics.update(self._sensitivity or {})  # a Trainer may log a copy of them

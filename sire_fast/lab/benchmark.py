@@ -598,7 +598,8 @@ def versions() -> dict[str, str]:
 
 
 def write(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
-    """Make a file appear whole or not at all: a text or what a function writes goes beside it, then takes its place.
+    """Make a file appear whole or not at all: a text or what a function writes goes beside it, then takes its place;
+    that of the file that a link names, if it is one.
 
     Raises:
         OSError: it cannot be written; the file is named.
@@ -608,10 +609,11 @@ def write(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
         held.write(content.encode())
     else:
         content(held)
-    temporary = path.with_name(f".{path.name}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         temporary.write_bytes(held.getvalue())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:

@@ -108,6 +108,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # of a reader that has gone typer tells nothing, too
+            _complain(error)
+        code = code or 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
     if by_torchrun and distributed.is_initialized():
         distributed.destroy_process_group()
     return code
@@ -203,12 +210,12 @@ def train_command(
         if log:
             by_first(lambda: chosen.show_in_tensorboard(log))
         if not resume:
-            by_first(lambda: claim(chosen.directory, force))
+            by_first(lambda: claim(chosen.directory, force=force))
     try:
         with _progress() as progress:
             result = _follow(chosen, f"{task}, {chosen.config.cell}", progress)
     except KeyboardInterrupt:
-        goes_on = f"to go on: {_command('train', task, resume=chosen.directory)}"
+        goes_on = f"to go on: {_command('train', task, resume=chosen.directory, log=log)}"
         if not (chosen.directory / CHECKPOINT).exists():
             goes_on = "there is no checkpoint yet: the same command starts again"
         _complain(f"interrupted after step {chosen.step}; {goes_on}")
@@ -482,8 +489,7 @@ def demo(
     again = _command("demo", "--force", out=out)
     out = out or Path("runs/demo")
     with _bad_input():
-        for name in _METHODS:
-            claim(out / name, force)
+        claim(*(out / name for name in _METHODS), force=force)
     torch.set_num_threads(1)  # steps as small as these lose more to a second thread than it wins
     results = {}
     try:
@@ -638,9 +644,10 @@ def _check_swaps_given(context: typer.Context, swaps: str | None) -> None:
 
 def _check_file(path: Path) -> None:
     """Raise a ValueError unless a file can be written there, before there is something to write."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: expected a file in a directory that exists")
-    check_directory(path.absolute().parent)
+    target = path.resolve()
+    if (target.exists() and not target.is_file()) or not target.parent.is_dir():
+        raise ValueError(f"{path}: expected a regular file in a directory that exists")
+    check_directory(target.parent)
 
 
 @contextmanager

@@ -212,22 +212,29 @@ def alone(directory: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def claim(directory: Path, force: bool = False) -> None:
-    """Make a directory, and nobody else's run in it, ready for a new run.
+def claim(*directories: Path, force: bool = False) -> None:
+    """Make directories, and nobody else's runs in them, ready for new runs: nothing is deleted unless all can be.
 
     Raises:
-        ValueError: it is a file, cannot be written to, or holds a run, which `force` would delete.
-        OSError: it cannot be made, or another process trains there.
+        ValueError: one is a file, cannot be written to, or holds a run, which `force` would delete.
+        OSError: one cannot be made, or another process trains there.
     """
-    check_directory(directory)
-    held = [name for name in FILES if (directory / name).exists()]
-    if held and not force:
-        goes_on = "--resume goes on with it, " if (directory / CHECKPOINT).exists() else ""
-        raise ValueError(f"{directory}: holds a run already; {goes_on}--force replaces it")
-    directory.mkdir(parents=True, exist_ok=True)
-    with alone(directory):
-        for name in (*FILES, *INSPECTED) if held else ():
-            (directory / name).unlink(missing_ok=True)
+    held = []
+    for directory in directories:
+        check_directory(directory)
+        if not any((directory / name).exists() for name in FILES):
+            continue
+        if not force:
+            goes_on = "--resume goes on with it, " if (directory / CHECKPOINT).exists() else ""
+            raise ValueError(f"{directory}: holds a run already; {goes_on}--force replaces it")
+        held.append(directory)
+    with ExitStack() as locks:
+        for directory in directories:
+            directory.mkdir(parents=True, exist_ok=True)
+            locks.enter_context(alone(directory))
+        for directory in held:
+            for name in (*FILES, *INSPECTED):
+                (directory / name).unlink(missing_ok=True)
 
 
 class Run:

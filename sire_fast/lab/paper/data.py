@@ -57,7 +57,7 @@ def images(path: Path | None = None) -> Split:
             parts = _npz(found[0], "x_train", "y_train", "x_test", "y_test")
         else:
             parts = _idx_files(found)
-        _check(parts)
+        _check(parts, classes=10)
     x, y, test_x, test_y = (torch.from_numpy(part) for part in parts)
     return Split(x.float() / 255, y.long(), test_x.float() / 255, test_y.long(), 10, f"MNIST, {len(x)} + {len(test_x)}")
 
@@ -127,7 +127,8 @@ def points(path: Path | None = None, shapes: int = 400) -> Split:
     train_x, train_y, test_x, test_y = (torch.from_numpy(part) for part in parts)
     train_y, test_y = train_y.long().flatten(), test_y.long().flatten()
     classes = int(train_y.max()) + 1
-    source = f"{files[0].stem}: {classes} classes, {len(train_x)} + {len(test_x)} shapes of {train_x.shape[1]} points"
+    name = files[0].stem if len(files) == 1 or files[0].suffix == ".npz" else files[0].parent.resolve().name
+    source = f"{name}: {classes} classes, {len(train_x)} + {len(test_x)} shapes of {train_x.shape[1]} points"
     return Split(_standard(train_x), train_y, _standard(test_x), test_y, classes, source)
 
 
@@ -165,8 +166,12 @@ def _readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
-def _check(parts: list[np.ndarray]) -> None:
+def _check(parts: list[np.ndarray], classes: int | None = None) -> None:
     for x, y in (parts[:2], parts[2:]):
+        if x.dtype.kind not in "biuf":
+            raise ValueError(f"expected numbers in three dimensions, got {x.dtype}")
+        if y.dtype.kind not in "biuf" or (y < 0).any() or (y % 1 != 0).any() or (classes and (y >= classes).any()):
+            raise ValueError(f"expected classes as whole numbers from 0 on{f', below {classes}' if classes else ''}")
         if x.ndim != 3 or not len(x) or len(x) != y.size:
             raise ValueError(f"expected three dimensions and a class for each example, got {x.shape} and {y.shape}")
 

@@ -91,6 +91,13 @@ class Sequences:
         return train.evaluate(model, self.task)
 
 
+def check_elements(split: Split, elements: int) -> None:
+    """Raise a ValueError where examples (N, P, I) have fewer elements than a model is to read."""
+    there = min(split.x.shape[1], split.test_x.shape[1])
+    if elements > there:
+        raise ValueError(f"data: expected at least {elements} points in a cloud, got {there} ({split.source})")
+
+
 class Classes:
     """Examples in classes: point clouds, of which a trial reads some points, in a new draw at every step.
 
@@ -98,11 +105,15 @@ class Classes:
         split: examples (N, P, I).
         elements: how many of the P elements a model reads.
         augment: stretch and turn the clouds that are trained on.
+
+    Raises:
+        ValueError: an example has fewer elements.
     """
 
     sampler = staticmethod(sampler)
 
     def __init__(self, split: Split, elements: int, augment: bool = False) -> None:
+        check_elements(split, elements)
         self.source, self.outputs, self.inputs = split.source, split.classes, split.x.shape[-1]
         order = torch.randperm(len(split.x), generator=torch.Generator().manual_seed(_DATA_SEED))
         held, kept = order.split([len(order) // _SHARE, len(order) - len(order) // _SHARE])
@@ -178,8 +189,9 @@ class LocalImages(Classes):
         self.local_swaps = LOCAL_SWAPS * pixels // 784
         generator = torch.Generator().manual_seed(_DATA_SEED)
         split = split._replace(x=self._perturbed(split.x, generator), test_x=self._perturbed(split.test_x, generator))
-        super().__init__(split, pixels if by_pixels else self.height)
-        self.inputs = 1 if by_pixels else self.width
+        super().__init__(split, self.height)
+        if by_pixels:
+            self.elements, self.inputs = pixels, 1
         self.source += f", {self.local_swaps} swaps of neighbouring pixels in each"
         kind, _, count = sampler.partition(":")
         self._kind, self._seen = kind, torch.empty(0)

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sire_fast.lab.benchmark import write
 from sire_fast.lab.paper import data, experiments, report
 from sire_fast.lab.paper.experiments import EXPERIMENTS, Case
+from sire_fast.lab.paper.problems import check_elements
 from sire_fast.lab.paper.trials import Trial, best, run_all
 from sire_fast.lab.train import alone, check_directory
 
@@ -50,11 +51,14 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
     reads = {case.trial.problem for case in cases} & set(uses)
     if path is not None and not reads:
         raise ValueError(f"data: expected none for {name}, whose data are generated, got {path}")
+    cases = experiments.quick(cases) if preset == "quick" else cases
     for problem in reads:
-        uses[problem](path)  # errors before the first trial
+        split = uses[problem](path)  # errors before the first trial
+        for case in cases if problem == "points" else ():
+            check_elements(split, case.trial.train_lengths[0])
     rows = []
     count = seeds or (1 if preset == "quick" or not cases else EXPERIMENTS[name].seeds)
-    for case in experiments.quick(cases) if preset == "quick" else cases:
+    for case in cases:
         trial, *choices = (replace(t, data=None if path is None else str(path)) for t in (case.trial, *case.choices))
         words = re.sub(r"[^a-z0-9.]+", "-", f"{case.setting} {case.method}".lower()).strip("-")
         files = [out / name / f"{words}-choice-{n}.json" for n in range(len(choices))]
