@@ -126,8 +126,8 @@ def test_who_runs_torchrl(monkeypatch):
 def test_the_published_procedure_is_that_of_one_adjacent_pair(cell):
     setting = Setting(cell, **SMALL, swaps="adjacent:1", compare="swap")
     step = Step(setting, "published")
-    for start in range(setting.T - 1):
-        seed = next(s for s in range(1000) if _drawn(s, setting.T - 1) == start)
+    for start in range(setting.T - 2):  # as they draw it, never the last pair
+        seed = next(s for s in range(1000) if _drawn(s, setting.T - 2) == start)
         torch.manual_seed(seed)
         published = [step().detach(), *step.gradients()]
         pairs = torch.tensor([start, start + 1]).expand(setting.B, 1, 2)

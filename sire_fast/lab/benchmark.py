@@ -384,7 +384,7 @@ def _in_step(layer: nn.Module, x: Tensor, variants: _Variants, step: _CellStep) 
 def _published(cell: nn.Module, x: Tensor, sampler: Sampler, compare: str) -> tuple[Tensor, Tensor]:
     """The authors' procedure: a loop for the task and, from a random prefix of the sequences, two more loops that read
     the next two elements in both orders. Their code is PermInvRNN.regularize in edocoh87/set_transformer."""
-    start = int(torch.randint(max(1, len(x) - 2), ()))  # as they draw it, the last pair never
+    start = int(torch.randint(max(1, len(x) - 2), ()))  # as they draw it, never the last pair
     output, state = [], None
     for element in x:
         state = cell(element, state)
