@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import sire_fast
 from sire_fast.integrations import Joined
-from sire_fast.schedules import AdaptiveWeight
+from sire_fast.schedules import AdaptiveSwaps, AdaptiveWeight
 from sire_fast.swaps import Adjacent, Uniform
 
 WEIGHT = 100.0  # of the penalty
@@ -85,15 +85,15 @@ def test_a_probe_has_the_dtype_of_the_model() -> None:
 
 def test_a_step_tells_what_there_is() -> None:
     """An error here would end somebody's training for a line of its log."""
-    schedule, model = AdaptiveWeight(0.1), Model()
-    joined = Joined(schedule)
+    schedule, number, model = AdaptiveWeight(0.1), AdaptiveSwaps(Uniform(4)), Model()
+    joined = Joined(schedule, swaps=number)
     joined.join(model, lambda: 1.0)
     assert joined.after_step(model, 1.0) == {"sire/weight": 0.1}
     model(data().tensors[0]).square().mean().backward()
     assert joined.after_step(model, None).keys() == {"sire/weight", "sire/penalty"}
-    assert schedule.ratio == 1
+    assert schedule.ratio == number.ratio == 1
     assert joined.after_step(model, 1.0).keys() == {"sire/weight", "sire/penalty", "sire/penalty_to_loss"}
-    assert schedule.ratio != 1
+    assert schedule.ratio == number.ratio != 1
 
 
 @pytest.mark.parametrize("weight", [0.1, AdaptiveWeight(0.1)], ids=["number", "adaptive"])
@@ -350,7 +350,7 @@ def test_the_callback_for_lightning_where_a_step_returns_no_loss(tmp_path, manua
 
 @pytest.mark.proof
 @others_warn
-def test_lightning_goes_on_with_an_adaptive_weight(tmp_path) -> None:
+def test_lightning_goes_on_with_schedules(tmp_path) -> None:
     lightning = pytest.importorskip("lightning")
     from sire_fast.integrations.lightning import Sire
 
@@ -365,12 +365,12 @@ def test_lightning_goes_on_with_an_adaptive_weight(tmp_path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 0.1)
 
-    def fit(epochs: int, **options: Any) -> AdaptiveWeight:
-        schedule = AdaptiveWeight(0.1)
+    def fit(epochs: int, **options: Any) -> Sire:
+        sire = Sire(AdaptiveWeight(0.1), swaps=AdaptiveSwaps(Uniform(4)))
         trainer = lightning.Trainer(
             accelerator="cpu",
             max_epochs=epochs,
-            callbacks=[Sire(schedule)],
+            callbacks=[sire],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -378,10 +378,11 @@ def test_lightning_goes_on_with_an_adaptive_weight(tmp_path) -> None:
         )
         trainer.fit(Module(), DataLoader(data(), batch_size=16), **options)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return schedule
+        return sire
 
     first = fit(1)
-    assert first.state_dict() != AdaptiveWeight(0.1).state_dict()
+    assert first.state_dict()["weight"] != AdaptiveWeight(0.1).state_dict()
+    assert first.state_dict()["swaps"] != AdaptiveSwaps(Uniform(4)).state_dict()
     assert fit(1, ckpt_path=tmp_path / "last.ckpt").state_dict() == first.state_dict()
 
 
@@ -455,7 +456,7 @@ def test_the_callback_for_the_hugging_face_trainer(tmp_path) -> None:
 @pytest.mark.proof
 @others_warn
 @pytest.mark.parametrize("restore", [False, True])
-def test_hugging_face_goes_on_with_an_adaptive_weight(tmp_path, restore: bool) -> None:
+def test_hugging_face_goes_on_with_schedules(tmp_path, restore: bool) -> None:
     """With a model that the Trainer builds anew in train()."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -467,7 +468,7 @@ def test_hugging_face_goes_on_with_an_adaptive_weight(tmp_path, restore: bool) -
 
     rows = [{"inputs": x, "labels": y} for x, y in data()]
 
-    def train(steps: int, resume: bool) -> AdaptiveWeight:
+    def train(steps: int, resume: bool) -> Sire:
         settings = transformers.TrainingArguments(
             str(tmp_path),
             use_cpu=True,
@@ -480,17 +481,18 @@ def test_hugging_face_goes_on_with_an_adaptive_weight(tmp_path, restore: bool) -
             restore_callback_states_from_checkpoint=restore,
         )
         trainer = transformers.Trainer(model_init=WithLoss, args=settings, train_dataset=rows)
-        schedule = AdaptiveWeight(0.1)
-        Sire(schedule).attach(trainer)
+        sire = Sire(AdaptiveWeight(0.1), swaps=AdaptiveSwaps(Uniform(4))).attach(trainer)
         trainer.train(resume_from_checkpoint=resume)
         assert isinstance(trainer.model.rnn, sire_fast.LSTM)
-        return schedule
+        return sire
 
     first = train(2, resume=False)
     (told,) = tmp_path.rglob("trainer_state.json")
     assert first.state_dict() in json.loads(told.read_text())["stateful_callbacks"].values()
     again = train(2, resume=True)
-    assert again.state_dict() == first.state_dict() != AdaptiveWeight(0.1).state_dict()
+    assert again.state_dict() == first.state_dict()
+    assert first.state_dict()["weight"] != AdaptiveWeight(0.1).state_dict()
+    assert first.state_dict()["swaps"] != AdaptiveSwaps(Uniform(4)).state_dict()
 
 
 @pytest.mark.proof

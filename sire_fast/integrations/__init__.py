@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sire_fast.inspection import evaluating
 from sire_fast.layers import _SwapLayer, convert
 from sire_fast.penalties import penalty
-from sire_fast.schedules import AdaptiveWeight, _Scaled
+from sire_fast.schedules import AdaptiveWeight, _Adaptive, _Scaled
 from sire_fast.swaps import Adjacent, Sampler
 
 
@@ -22,7 +22,7 @@ class Joined:
     Args:
         weight: of the penalty, as it would be added to the loss of a batch, which the loop may then divide or multiply;
             or an AdaptiveWeight, which follows the loss.
-        swaps, compare: see sire_fast.convert.
+        swaps, compare: see sire_fast.convert; an AdaptiveSwaps follows the loss, too.
         probe: sequences, (B, T, ...), or (T, B, ...) without batch_first, on which the order sensitivity is measured;
             None to measure none.
         batch_first: of the probe.
@@ -58,9 +58,25 @@ class Joined:
             return told
         if loss > 0:
             told["sire/penalty_to_loss"] = found / loss
-        if isinstance(self.weight, AdaptiveWeight) and loss >= 0:
-            self.weight.step(loss, found)
+        if loss >= 0:
+            for schedule in self._schedules.values():
+                schedule.step(loss, found)
         return told
+
+    @property
+    def _schedules(self) -> dict[str, _Adaptive]:
+        given = {"weight": self.weight, "swaps": self.swaps}
+        return {name: each for name, each in given.items() if isinstance(each, _Adaptive)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the schedules, for a checkpoint."""
+        return {name: schedule.state_dict() for name, schedule in self._schedules.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, schedule in self._schedules.items():
+            if name in state_dict:
+                schedule.load_state_dict(state_dict[name])
 
     @torch.no_grad()
     def order_sensitivity(self, model: nn.Module) -> dict[str, float]:

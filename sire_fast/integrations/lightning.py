@@ -13,7 +13,6 @@ import lightning
 from torch import Tensor
 
 from sire_fast.integrations import Joined
-from sire_fast.schedules import AdaptiveWeight
 
 
 class Sire(Joined, lightning.Callback):
@@ -21,8 +20,8 @@ class Sire(Joined, lightning.Callback):
 
     It logs the penalty, its ratio to the loss and the weight every `log_every_n_steps`, and the order sensitivity after
     each validation. Accumulated batches and loss scales are taken into account. Where `training_step` returns no loss
-    (manual optimisation, a batch that is left out) there is no ratio, and an AdaptiveWeight stays as it is. Checkpoints
-    hold the state of an AdaptiveWeight. Arguments: see Joined.
+    (manual optimisation, a batch that is left out) there is no ratio, and schedules stay as they are. Checkpoints hold
+    their state. Arguments: see Joined.
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -38,13 +37,6 @@ class Sire(Joined, lightning.Callback):
             return (scaler.get_scale() if scaler else 1.0) / trainer.accumulate_grad_batches
 
         self.join(pl_module, factor)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.weight.state_dict() if isinstance(self.weight, AdaptiveWeight) else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if isinstance(self.weight, AdaptiveWeight):
-            self.weight.load_state_dict(state_dict)
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int

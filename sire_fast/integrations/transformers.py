@@ -14,7 +14,6 @@ import transformers
 from torch import nn
 
 from sire_fast.integrations import Joined
-from sire_fast.schedules import AdaptiveWeight
 
 _STATE = "sire_fast"  # no class of a callback, which the Trainer would build again without its arguments
 
@@ -23,9 +22,9 @@ class Sire(Joined, transformers.TrainerCallback):
     """Converts the recurrent layers of the model that is trained; the model and its loss stay as they are.
 
     Wherever the Trainer logs a loss, it adds the penalty of the last step, its ratio to the loss and the weight, and to
-    the metrics of an evaluation the order sensitivity. An AdaptiveWeight follows what is logged: its steps are the
-    Trainer's `logging_steps` apart; checkpoints hold its state. Accumulated batches and loss scales are taken into
-    account. Arguments: see Joined.
+    the metrics of an evaluation the order sensitivity. Schedules follow what is logged: their steps are the Trainer's
+    `logging_steps` apart; checkpoints hold their state. Accumulated batches and loss scales are taken into account.
+    Arguments: see Joined.
     """
 
     _factor: Callable[[], float] | None = None
@@ -53,16 +52,15 @@ class Sire(Joined, transformers.TrainerCallback):
                 "Sire: expected to be added by Sire(...).attach(trainer), which knows how losses are scaled"
             )
         self.join(model, self._factor)  # a Trainer with model_init has built another
-        if isinstance(self.weight, AdaptiveWeight) and _STATE in state.stateful_callbacks:
-            self.weight.load_state_dict(state.stateful_callbacks[_STATE])
+        self.load_state_dict(state.stateful_callbacks.get(_STATE, {}))
 
     def on_log(
         self, args: Any, state: Any, control: Any, model: nn.Module, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         if "loss" in logs:
             more = self.after_step(model, float(logs["loss"]))
-            if isinstance(self.weight, AdaptiveWeight):
-                state.stateful_callbacks[_STATE] = self.weight.state_dict()
+            if self._schedules:
+                state.stateful_callbacks[_STATE] = self.state_dict()
         elif any(key.startswith("eval_") for key in logs):
             more = self._sensitivity = self.order_sensitivity(model)
         else:
