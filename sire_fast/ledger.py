@@ -2,8 +2,8 @@
 
 A forward counts until it has been differentiated, or no longer can be: its weights have changed, or all that it
 returned is gone (where that holds for all of them, the last few count: the penalty alone may be wanted). That of a
-frozen layer, which
-nothing can differentiate, counts until its penalty has been read and the next begins. Each thread has its own.
+frozen layer, which nothing can differentiate, counts until its penalty has been read and the next begins. Each thread
+has its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from numbers import Real
 from types import FrameType
 from typing import Any
@@ -453,8 +453,9 @@ class Ledger:
         traced = [c for c in (*state.earlier, *last) if not _freed(c.penalty)]
         each: list[tuple[Compared, Mark | None]] = [(c, _mark(c)) for c in traced]
         forwards = [f for f in state.forwards if not f.over]
-        if any(f.held for f in forwards) and not all(f.held for f in forwards):
-            forwards = [f for f in forwards if f.held]  # the rest has no part in the loss
+        held = [f for f in forwards if f.held]
+        if held and len(held) < len(forwards):
+            forwards = held  # the rest has no part in the loss
             warn(_DROPPED)
         for forward in forwards:
             compared = forward.found()
@@ -565,10 +566,10 @@ def _freed(tensor: Tensor) -> bool:
 
 def _kept(node: Any) -> bool:
     """Whether the graph of what a forward returned, given its last node, is there and was not freed."""
-    return node is not None and _holds(iter([node])) is True
+    return node is not None and _holds([node]) is True
 
 
-def _holds(nodes: Iterator[Any]) -> bool | None:
+def _holds(nodes: Iterable[Any]) -> bool | None:
     """Whether the first of the nodes that can tell holds what its backward needs; None if none can."""
     for node in nodes:
         if hasattr(type(node), "_raw_saved_tensors"):

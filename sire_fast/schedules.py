@@ -233,7 +233,7 @@ class _Scaled:
         self.weight, self.factor = weight, factor
 
     def __call__(self) -> float:
-        return (self.weight() if isinstance(self.weight, AdaptiveWeight) else self.weight) * self.factor()
+        return (self.weight() if callable(self.weight) else self.weight) * self.factor()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Scaled, (self.weight,)

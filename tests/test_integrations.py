@@ -125,20 +125,43 @@ def test_plain_loop() -> None:
     assert moved_by_swaps(sire) < moved_by_swaps(plain) / 10
 
 
-@pytest.mark.proof
-@others_warn
-def test_lightning() -> None:
+def _seeded() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+def _lightning_module() -> Any:
+    """Of the seeded model: a class for a Trainer."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = Model()
+            self.model = _seeded()
 
         def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            x, y = batch
-            return mse_loss(self.model(x), y)
+            return mse_loss(self.model(batch[0]), batch[1])
 
+        def validation_step(self, batch: list[Tensor], index: int) -> None:
+            self.log("score", mse_loss(self.model(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    return Module
+
+
+def _lightning_trainer(*callbacks: Any, **options: Any) -> Any:
+    lightning = pytest.importorskip("lightning")
+    quiet = {f"enable_{what}": False for what in ("checkpointing", "progress_bar", "model_summary")}
+    usual = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "log_every_n_steps": 1}
+    return lightning.Trainer(callbacks=[*callbacks], **usual | quiet | options)
+
+
+@pytest.mark.proof
+@others_warn
+def test_lightning() -> None:
+    class Module(_lightning_module()):  # type: ignore[misc]  # made where Lightning is installed
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), 0.02)
 
@@ -149,15 +172,7 @@ def test_lightning() -> None:
 
     plain, sire = Module(), sire_fast.convert(SireModule(), swaps=Uniform(4), compare="end")
     for module in (plain, sire):
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=20,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, DataLoader(data(), batch_size=32))
+        _lightning_trainer(max_epochs=20).fit(module, DataLoader(data(), batch_size=32))
         module.eval()
     assert moved_by_swaps(sire.model) < moved_by_swaps(plain.model) / 10
 
@@ -240,47 +255,18 @@ def _expected(weight: float) -> nn.Module:
     return model
 
 
-def _seeded() -> Model:
-    torch.manual_seed(0)
-    return Model()
-
-
 @pytest.mark.proof
 @others_warn
 def test_the_callback_for_lightning_joins_what_accumulation_divides(tmp_path) -> None:
-    lightning = pytest.importorskip("lightning")
+    pytest.importorskip("lightning")
     from lightning.pytorch.loggers import CSVLogger
 
     from sire_fast.integrations.lightning import Sire
 
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = _seeded()
-
-        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            return mse_loss(self.model(batch[0]), batch[1])
-
-        def validation_step(self, batch: list[Tensor], index: int) -> None:
-            self.log("score", mse_loss(self.model(batch[0]), batch[1]))
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
     probe, schedule = data().tensors[0], AdaptiveWeight(3.0, weight_max=9.0)
     sire = Sire(schedule, swaps=Adjacent("all"), compare="end", probe=probe, predict=lambda module, x: module.model(x))
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        accumulate_grad_batches=2,
-        callbacks=[sire],
-        logger=CSVLogger(tmp_path),
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = Module()
+    trainer = _lightning_trainer(sire, logger=CSVLogger(tmp_path), accumulate_grad_batches=2)
+    module = _lightning_module()()
     trainer.fit(module, DataLoader(data(), batch_size=32), DataLoader(data(), batch_size=32))
     first, second = (p.detach() for model in (module.model, _expected(3.0)) for p in [model.rnn.weight_hh_l0])
     torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-4)  # the schedule moves a little between the batches
@@ -295,45 +281,27 @@ def test_the_callback_for_lightning_joins_what_accumulation_divides(tmp_path) ->
 @pytest.mark.parametrize("manual", [False, True], ids=["left-out", "manual"])
 def test_the_callback_for_lightning_where_a_step_returns_no_loss(tmp_path, manual: bool) -> None:
     """And all loggers get what the first gets, and no model keeps its trainer alive."""
-    lightning = pytest.importorskip("lightning")
+    pytest.importorskip("lightning")
     from lightning.pytorch.loggers import CSVLogger
 
     from sire_fast.integrations.lightning import Sire
 
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.automatic_optimization = Model(), not manual
-
+    class Module(_lightning_module()):  # type: ignore[misc]  # made where Lightning is installed
         def training_step(self, batch: list[Tensor], index: int) -> Tensor | None:
             if index == 0:
                 return None
-            loss = mse_loss(self.model(batch[0]), batch[1])
+            loss = super().training_step(batch, index)
             if not manual:
                 return loss
             self.manual_backward(loss)
             self.optimizers().step()
             return None
 
-        def validation_step(self, batch: list[Tensor], index: int) -> None:
-            self.model(batch[0])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
     loggers = [CSVLogger(tmp_path, name) for name in ("first", "second")]
     sire = Sire(0.1, probe=data().tensors[0], predict=lambda module, x: module.model(x))
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        callbacks=[sire],
-        logger=loggers,
-        log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = _lightning_trainer(sire, logger=loggers)
     module = Module()
+    module.automatic_optimization = not manual
     batches = DataLoader(data(), batch_size=16)
     trainer.fit(module, batches, batches)
     for name in ("first", "second"):
@@ -351,39 +319,20 @@ def test_the_callback_for_lightning_where_a_step_returns_no_loss(tmp_path, manua
 @pytest.mark.proof
 @others_warn
 def test_lightning_goes_on_with_schedules(tmp_path) -> None:
-    lightning = pytest.importorskip("lightning")
+    pytest.importorskip("lightning")
     from sire_fast.integrations.lightning import Sire
 
-    class Module(lightning.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = Model()
-
-        def training_step(self, batch: list[Tensor], index: int) -> Tensor:
-            return mse_loss(self.model(batch[0]), batch[1])
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.parameters(), 0.1)
-
-    def fit(epochs: int, **options: Any) -> Sire:
+    def fit(**options: Any) -> Sire:
         sire = Sire(AdaptiveWeight(0.1), swaps=AdaptiveSwaps(Uniform(4)))
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_epochs=epochs,
-            callbacks=[sire],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(Module(), DataLoader(data(), batch_size=16), **options)
+        trainer = _lightning_trainer(sire)
+        trainer.fit(_lightning_module()(), DataLoader(data(), batch_size=16), **options)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return sire
 
-    first = fit(1)
+    first = fit()
     assert first.state_dict()["weight"] != AdaptiveWeight(0.1).state_dict()
     assert first.state_dict()["swaps"] != AdaptiveSwaps(Uniform(4)).state_dict()
-    assert fit(1, ckpt_path=tmp_path / "last.ckpt").state_dict() == first.state_dict()
+    assert fit(ckpt_path=tmp_path / "last.ckpt").state_dict() == first.state_dict()
 
 
 @pytest.mark.proof

@@ -253,8 +253,8 @@ def test_a_result_tells_the_commit_that_it_began_with(monkeypatch):
 def test_the_swaps_of_a_step_are_of_all_steps():
     trial = replace(TINY, swaps="adaptive:uniform:2", steps=5, records=2)
     run = trials.run(trial)
-    lost = run | {"history": [], "adaptive_swaps": 0, "steps": run["steps"] | {"step": 0}, "seconds": run["steps"]}
-    lost["seconds"] = lost["steps"]  # one that diverged in the first step
+    begun = run["steps"] | {"step": 0}
+    lost = run | {"history": [], "adaptive_swaps": 0, "steps": begun, "seconds": begun}  # diverged in the first step
     for runs in ([run], [run, lost]):
         case = experiments.Case("s", "m", trial)
         row = report.summary("name", EXPERIMENTS["swaps"], [case], [runs])["rows"][0]

@@ -132,20 +132,16 @@ def why_no_kernel(**call: Any) -> list[str]:
 
 def unproven(**call: Any) -> str:
     """What "auto" would take of those that say that they can, none of which is asked to compute anything."""
-    call["device"] = torch.device(call["device"])
-    for name in _by_speed(**call):
-        if not why_not(name, **call):
-            return name
-    return "reference"
+    return _first(proven=False, **call)[0]
 
 
-def _first(*, device: torch.device | str, **numbers: Any) -> tuple[str, list[str]]:
+def _first(*, device: torch.device | str, proven: bool = True, **numbers: Any) -> tuple[str, list[str]]:
     """What "auto" takes: the fastest that serves a call, and the reasons why others, which come before it, do not."""
     call: dict[str, Any] = {"device": torch.device(device), **numbers}
     reasons: list[str] = []
     for name in _by_speed(**call):
         found = why_not(name, **call)
-        if not found and name in PROVEN_BY_USE:
+        if proven and not found and name in PROVEN_BY_USE:
             from sire_fast import proof  # which knows all the rest
 
             found = proof.failures(name, **call)

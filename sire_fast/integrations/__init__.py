@@ -3,8 +3,9 @@ sire_fast.integrations.transformers.Sire. Each is imported only where its librar
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,19 @@ from sire_fast.layers import _SwapLayer, convert
 from sire_fast.penalties import penalty
 from sire_fast.schedules import AdaptiveWeight, _Adaptive, _Scaled
 from sire_fast.swaps import Adjacent, Sampler
+
+Loop = TypeVar("Loop")
+
+
+def factor_of(loop: Loop, factor: Callable[[Loop], float]) -> Callable[[], float]:
+    """What a loop multiplies its losses by; 1 once it is gone, which the model may outlive."""
+    held = weakref.ref(loop)
+
+    def now() -> float:
+        there = held()
+        return 1.0 if there is None else factor(there)
+
+    return now
 
 
 class Joined:

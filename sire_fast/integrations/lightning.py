@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import lightning
 from torch import Tensor
 
-from sire_fast.integrations import Joined
+from sire_fast.integrations import Joined, factor_of
 
 
 class Sire(Joined, lightning.Callback):
@@ -25,18 +24,8 @@ class Sire(Joined, lightning.Callback):
     """
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        loop = weakref.ref(trainer)  # the model may outlive it
-
-        def factor() -> float:
-            trainer = loop()
-            if trainer is None:
-                return 1.0
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            return (scaler.get_scale() if scaler else 1.0) / trainer.accumulate_grad_batches
-
-        self.join(pl_module, factor)
+        if stage == "fit":
+            self.join(pl_module, factor_of(trainer, _factor))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,3 +40,8 @@ class Sire(Joined, lightning.Callback):
         told = self.order_sensitivity(pl_module) if trainer.loggers else {}
         for logger in trainer.loggers if told else ():
             logger.log_metrics(told, step=trainer.global_step)
+
+
+def _factor(trainer: lightning.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return (scaler.get_scale() if scaler else 1.0) / trainer.accumulate_grad_batches

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import transformers
 from torch import nn
 
-from sire_fast.integrations import Joined
+from sire_fast.integrations import Joined, factor_of
 
 _STATE = "sire_fast"  # no class of a callback, which the Trainer would build again without its arguments
 
@@ -32,17 +31,8 @@ class Sire(Joined, transformers.TrainerCallback):
 
     def attach(self, trainer: transformers.Trainer) -> Sire:
         """Add it to a Trainer, before the callbacks that report, so that they see what it logs."""
-        loop = weakref.ref(trainer)  # the model may outlive it
-
-        def factor() -> float:
-            trainer = loop()
-            if trainer is None:
-                return 1.0
-            scaler = getattr(trainer.accelerator, "scaler", None)
-            return (scaler.get_scale() if scaler else 1.0) / trainer.current_gradient_accumulation_steps
-
-        self._factor = factor
-        self.join(trainer.model, factor)
+        self._factor = factor_of(trainer, _factor)
+        self.join(trainer.model, self._factor)
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
@@ -71,3 +61,8 @@ class Sire(Joined, transformers.TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: nn.Module, metrics: dict, **kwargs: Any) -> None:
         metrics.update(self._sensitivity or {})  # a Trainer may log a copy of them
+
+
+def _factor(trainer: transformers.Trainer) -> float:
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return (scaler.get_scale() if scaler else 1.0) / trainer.current_gradient_accumulation_steps

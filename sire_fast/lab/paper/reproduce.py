@@ -54,8 +54,9 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
     cases = experiments.quick(cases) if preset == "quick" else cases
     for problem in reads:
         split = uses[problem](path)  # errors before the first trial
-        for case in cases if problem == "points" else ():
-            check_elements(split, case.trial.train_lengths[0])
+        if problem == "points":
+            for case in cases:
+                check_elements(split, case.trial.train_lengths[0])
     rows = []
     count = seeds or (1 if preset == "quick" or not cases else EXPERIMENTS[name].seeds)
     for case in cases:
