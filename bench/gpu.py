@@ -16,7 +16,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -35,7 +34,8 @@ from sire_fast import backends, passes, proof, swaps
 from sire_fast.backends import cuda, gpu
 from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio, write
+from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio
+from sire_fast.lab.files import write
 
 ROOT = Path(__file__).parents[1]
 TOTAL, PREPARED = 450.0, 220.0  # seconds, of all, and until what is to be timed is compiled and checked
@@ -47,8 +47,6 @@ INPUTS = 3  # sets that take turns, so that the cache does not hold the input of
 BARRIERS = 10_000  # behind each other, to time one
 ALONE = 30.0  # seconds for all kinds of them, in a process of their own
 AT_LEAST = 0.01  # seconds between two events: the clock of a GPU is coarse
-
-_CELLS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}  # a Setting's name -> a key of CELLS
 
 
 def kernels() -> list[str]:
@@ -172,15 +170,15 @@ def work(setting: Setting, swapped: bool) -> Work:
     """Of the layer with its variants, or without. A variant runs over its span only and its first step needs no
     product; the backward reads the states of every step and could compute the gates again."""
     T, B, I, H = setting.T, setting.B, setting.I, setting.H  # noqa: E741
-    cell, size = CELLS[_CELLS[setting.cell]], getattr(torch, setting.dtype).itemsize
-    rows = products = T * B
+    cell, size = CELLS[setting.key], getattr(torch, setting.dtype).itemsize
+    rows, pairs = T * B, None
     if swapped:
-        i, j = swaps.parse(setting.swaps)(T, B, torch.Generator().manual_seed(0)).unbind(-1)
-        spans = ((j if setting.compare == "swap" else T - 1) - i + 1)[i < j]
-        rows, products = rows + int(spans.sum()), products + int((spans - 1).sum())
+        pairs = swaps.parse(setting.swaps)(T, B, torch.Generator().manual_seed(0))
+        i, j = pairs.unbind(-1)
+        rows += int(((j if setting.compare == "swap" else T - 1) - i + 1)[i < j].sum())
     x, output, states = T * B * I, T * B * H, rows * H * cell.states
     weights = cell.gates * H * (I + H + 2)
-    flops = 2 * cell.gates * H * (I * T * B + H * products)
+    flops = setting.operations(pairs)
     forward = x + weights + states  # what is read, and what is written
     backward = x + weights + states + output + x + weights  # the last two are dx and those of the weights
     return Work(flops, size * forward, 3 * flops, size * (forward + backward))
@@ -374,7 +372,7 @@ Groups = dict[tuple[str, str, str], Checked]  # by backend, cell and arithmetic
 def prepare(item: Item, name: str, checks: bool) -> Checked:
     """Run a kernel, or what is "compiled", at the size of an item, so that nothing is left to compile; before that,
     check it there."""
-    setting, found = item.setting, Checked(name, _CELLS[item.setting.cell], item.arithmetic)
+    setting, found = item.setting, Checked(name, item.setting.key, item.arithmetic)
     if checks and name in backends.KERNELS:
         longest = passes.longest_span(swaps.parse(setting.swaps), setting.compare)
         sizes = min(setting.T, 20), setting.B, setting.H
@@ -409,7 +407,7 @@ def prepare_all(
     def add(some: Sequence[Item]) -> None:
         for item in some:
             for (backend, cell, arithmetic), group in groups.items():
-                if (cell, arithmetic) == (_CELLS[item.setting.cell], item.arithmetic):
+                if (cell, arithmetic) == (item.setting.key, item.arithmetic):
                     tasks.append((partial(prepare, item, backend, checks), item, group))
             if "compiled" in item.names:
                 tasks.append((partial(prepare, item, "compiled", False), item, Checked("compiled", "", "")))
@@ -450,7 +448,7 @@ def time_item(
         groups: what was checked; None times unchecked kernels.
         rounds: at most.
     """
-    setting, cell = item.setting, _CELLS[item.setting.cell]
+    setting, cell = item.setting, item.setting.key
     refused: dict[str, str] = {}
     for name in item.contestants(found):
         backend, why = name.removesuffix(" plain"), None
@@ -465,20 +463,6 @@ def time_item(
         if why is not None:
             refused[name] = why
     return refused | measure(item, [name for name in item.contestants(found) if name not in refused], rounds=rounds)
-
-
-def _machine(device: str) -> dict[str, Any]:
-    """What the result depends on, of the device and of the software."""
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        driver = None
-    machine = benchmark.machine(device)
-    machine["versions"] |= {"triton": proof.triton_version(), "cuda": torch.version.cuda, "driver": driver}
-    on_gpu = torch.device(device).type == "cuda"
-    return machine | {"capability": torch.cuda.get_device_capability(device) if on_gpu else None}
 
 
 def draw(result: Mapping[str, Any]) -> Any:
@@ -539,12 +523,12 @@ def report(result: Mapping[str, Any]) -> str:
 
 def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Check the kernels `found`, measure, and write the result, which is also returned, and its picture."""
-    clock, machine = Clock(TOTAL), _machine(device)
+    clock, machine = Clock(TOTAL), benchmark.machine(device) | {"environment": proof.environment(device)}
     result: dict[str, Any] = {"machine": machine, "quick": options.quick, "rates": None, "times": [], "goals": []}
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', machine['device'].lower())}.json"
     groups = {key: Checked(*key) for key in itertools.product(found, options.cells, options.dtypes)}
     items = [] if options.only == "check" else plan(device)
-    items = [i for i in items if _CELLS[i.setting.cell] in options.cells and i.arithmetic in options.dtypes]
+    items = [i for i in items if i.setting.key in options.cells and i.arithmetic in options.dtypes]
     if options.quick:
         items = [item._replace(setting=replace(item.setting, T=6, B=3, I=16, H=16)) for item in items]
     clock.say(f"compiling and checking {', '.join(found) or 'nothing: no kernel is there'}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sire_fast.lab.benchmark import write
+from sire_fast.lab.files import write
 from sire_fast.lab.paper import report
 from sire_fast.lab.paper.reproduce import NAMES
 

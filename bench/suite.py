@@ -35,14 +35,15 @@ from rich.table import Table
 from torch import Tensor
 
 from sire_fast import swaps
+from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio, write
+from sire_fast.lab.benchmark import CONTESTANTS, Quartiles, Setting, Step, contestants, measure, quartiles, ratio
+from sire_fast.lab.files import write
 from sire_fast.swaps import Sampler
 
 ROOT = Path(__file__).parents[1]
 ROUNDS, QUICK_ROUNDS = 7, 2
 SIDE, QUICK_SIDE = 2048, 128  # of the square matrices
-GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 # variables that hold torch, its libraries and JAX to an instruction set, a number of threads or a way to allocate
 _HELD_BY = ("ATEN_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "OMP_", "ONEDNN_", "XLA_")
 SHRINK = {"T": 10, "B": 16, "H": 16, "I": 16}  # --quick divides by these
@@ -167,24 +168,6 @@ class _Noting:
         return self.pairs
 
 
-def operations(setting: Setting, pairs: Tensor | None = None) -> int:
-    """Floating-point operations of a layer's forward and backward, with an input that needs a gradient.
-
-    Every product runs forward and twice backward. A variant shares its original's prefix, and the product of its first
-    step: it adds a row for each step behind that one.
-
-    Args:
-        setting: sizes, and where states are compared.
-        pairs: (B, K, 2), None without swaps.
-    """
-    rows = setting.T * setting.B
-    variant_rows = 0
-    if pairs is not None:
-        i, j = pairs.unbind(-1)
-        variant_rows = int(((j if setting.compare == "swap" else setting.T - 1) - i).sum())
-    return 3 * 2 * GATES[setting.cell] * setting.H * (rows * setting.I + (rows + variant_rows) * setting.H)
-
-
 def measured(setting: Setting, names: Sequence[str], rounds: int, side: int, advance: Callable[[], object]) -> Measured:
     """Time contestants, and torch's products of square matrices and of the projection, in turns."""
     sampler = swaps.parse(setting.swaps)
@@ -192,10 +175,10 @@ def measured(setting: Setting, names: Sequence[str], rounds: int, side: int, adv
     noting, counts = _Noting(sampler), []
     steps = {name: Step(setting, name, noting if name == "sire_fast" else None) for name in names}
     square, x = torch.randn(side, side), torch.randn(setting.T * setting.B, setting.I)
-    weight = torch.randn(setting.I, GATES[setting.cell] * setting.H)
+    weight = torch.randn(setting.I, CELLS[setting.key].gates * setting.H)
 
     def after_round() -> None:
-        counts.append(operations(setting, noting.pairs))
+        counts.append(3 * setting.operations(noting.pairs))
         advance()
 
     products = {"square": lambda: square @ square, "projection": lambda: x @ weight}
@@ -204,7 +187,7 @@ def measured(setting: Setting, names: Sequence[str], rounds: int, side: int, adv
         max(2 * side**3 / of_square, 2 * x.numel() * weight.shape[1] / of_projection)
         for of_square, of_projection in zip(*(seconds.pop(name) for name in products), strict=True)
     ]
-    needed = {"sire_fast": counts[-rounds:], "sire_fast plain": rounds * [operations(setting)]}
+    needed = {"sire_fast": counts[-rounds:], "sire_fast plain": rounds * [3 * setting.operations()]}
     rates = {
         name: [n / took / best for n, took, best in zip(each, seconds[name], flops, strict=True)]
         for name, each in needed.items()
@@ -284,7 +267,7 @@ def _shrunk(setting: Setting) -> Setting:
 def _work(setting: Setting, names: Sequence[str]) -> float:
     """About how long a round takes, in some unit: for the time left."""
     passes = len(names) + ("stacked" in names) * swaps.parse(setting.swaps)(setting.T, 1).shape[1]
-    return passes * GATES[setting.cell] * setting.T * setting.B * (setting.H + 64) ** 2
+    return passes * CELLS[setting.key].gates * setting.T * setting.B * (setting.H + 64) ** 2
 
 
 def _memory(setting: Setting, rounds: int) -> list[Row]:

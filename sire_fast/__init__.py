@@ -8,10 +8,10 @@ import warnings
 
 from sire_fast import backends, cells, functional, layers, reference, schedules, swaps
 from sire_fast.backends import cpu
+from sire_fast.checking import check
 from sire_fast.inspection import inspect
 from sire_fast.layers import GRU, LSTM, RNN, convert, revert
 from sire_fast.penalties import penalty, swap_penalty
-from sire_fast.proof import check
 
 __version__ = "0.1.0"
 __all__ = [

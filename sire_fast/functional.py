@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import backends, ops, reference
+from sire_fast import backends, ops, reference, validation
 from sire_fast.reference import SwapRNN
 
 
@@ -82,7 +82,7 @@ def swap_rnn(
         x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)
     # under autocast on a CPU torch's GRU, which adds to its states, gives results of their dtype
     dtype = torch.promote_types(given, h0.dtype) if cell == "gru" and device.type == "cpu" else h0.dtype
-    reference.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
+    validation.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if longest is not None and longest < 1:
         raise ValueError(f"longest: expected at least 1, got {longest}")
     name = backends.choose(backend, cell=cell, dtype=x_proj.dtype, device=device, hidden_size=h0.shape[1])
@@ -92,7 +92,7 @@ def swap_rnn(
         )
         in_dtype = {n: t.to(dtype) for n, t in found._asdict().items() if t is not None and n != "penalty"}
         return found._replace(**in_dtype)
-    ends, lengths = reference.fill_defaults(x_proj, swaps, ends, lengths)
+    ends, lengths = validation.fill_defaults(x_proj, swaps, ends, lengths)
     return ops.swap_rnn(
         cell, name, recompute, x_proj, w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths, longest, dtype
     )

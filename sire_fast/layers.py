@@ -16,8 +16,8 @@ from sire_fast import swaps as samplers
 from sire_fast.cells import CELLS, States
 from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Note, Weight, in_backward, runs_again, warn
 from sire_fast.passes import Compared, Network, Pairs
-from sire_fast.reference import check_lengths, readable
 from sire_fast.swaps import Adjacent, Sampler
+from sire_fast.validation import check_lengths, readable
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
 COMPARES = ("end", "swap")

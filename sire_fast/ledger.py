@@ -29,7 +29,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from sire_fast import ops
 from sire_fast.cells import States
 from sire_fast.passes import Compared
-from sire_fast.reference import readable
+from sire_fast.validation import readable
 
 _keys = itertools.count()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import reference
+from sire_fast import validation
 from sire_fast.backends import KERNELS
 from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS
@@ -90,7 +90,7 @@ def _unseen(*tensors: Tensor | None) -> bool:
 def span_rows(backend: str, steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
     """Rows for the steps of all variants' spans, which the forward keeps: the largest number that there can be where
     the positions cannot be read, in a trace."""
-    if not reference.has_values(swaps, ends, lengths):
+    if not validation.has_values(swaps, ends, lengths):
         return swaps.shape[0] * swaps.shape[1] * (steps if longest is None else longest)
     return KERNELS[backend].span_rows(steps, swaps, ends, lengths, longest)
 
@@ -140,7 +140,7 @@ def _check(cell: str, backend: str, arithmetic: str, x: Tensor, *others: Any) ->
     """A ValueError unless the kernels can read the inputs, of the operator's schema, as what they have to be: a graph
     that was loaded from a file calls the operator itself."""
     w_ih, b_ih, w_hh, b_hh, h0, c0, swaps, ends, lengths = others
-    reference.check_arguments(cell, x, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
+    validation.check_arguments(cell, x, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
     if backend not in KERNELS:
         raise ValueError(f"backend: expected one of {', '.join(KERNELS)}, got {backend!r}")
     dtype: Any = getattr(torch, arithmetic, None)
@@ -240,7 +240,7 @@ def _keep(ctx: Any, arguments: tuple, outputs: tuple[Any, ...]) -> None:
     """What the backward needs."""
     h, _, _, _, _, cells, _, gates, spans = outputs
     ctx.settings, ctx.watch = arguments[: _INPUTS.start], None
-    if reference.has_values(h):
+    if validation.has_values(h):
         ctx.watch = Watch(h)
         h = h.data
     else:  # where a trace or a transform follows every change

@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from sire_fast import backends, functional
 from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, States
-from sire_fast.reference import SwapRNN, check_swaps, fill_defaults, squared_distance, with_variants
+from sire_fast.reference import SwapRNN, squared_distance, with_variants
 from sire_fast.swaps import Sampler
+from sire_fast.validation import check_swaps, fill_defaults
 
 Weights = tuple[Tensor, ...]
 

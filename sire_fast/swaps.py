@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from sire_fast.reference import has_values
+from sire_fast.validation import has_values
 
 Sampler = Callable[..., Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sire_fast import functional, reference, swaps
+from sire_fast import functional, reference, swaps, validation
 from sire_fast.backends import gpu
 from sire_fast.cells import CELLS
 
@@ -118,7 +118,7 @@ def run(cell: str, arguments: dict[str, Any], backend: str) -> dict[str, Tensor]
 
 def with_wrong_positions(cell: str, monkeypatch: Any) -> Iterator[dict[str, Any]]:
     """Arguments with positions and lengths that lie outside the sequences, as a GPU gets them: unchecked."""
-    monkeypatch.setattr(reference, "check_positions", lambda *_: None)
+    monkeypatch.setattr(validation, "check_positions", lambda *_: None)
     monkeypatch.setattr(gpu, "check", lambda *_: None)
     last, huge = 5, 1 << 40
     for swap, end, length in (

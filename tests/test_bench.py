@@ -183,14 +183,14 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_operations_are_counted_once():
-    # products of a GRU by hand: projection 5x4, recurrence 5x5, forward and two backward, 2 operations each
+    # products of a GRU by hand: projection 5x4, recurrence 5x5, 2 operations each
     setting = Setting("GRU", T=4, B=2, I=4, H=5)
-    projection, recurrence = (2 * 3 * width * 5 * 3 for width in (4, 5))
-    assert suite.operations(setting) == 8 * (projection + recurrence)
-    pairs = torch.tensor([[[0, 1], [2, 2]], [[1, 3], [0, 3]]])  # 1 + 0 + 2 + 3 rows to j, 3 + 1 + 2 + 3 to the end
-    assert suite.operations(setting, pairs) - suite.operations(setting) == 6 * recurrence
+    projection, recurrence = (2 * 3 * width * 5 for width in (4, 5))
+    assert setting.operations() == 8 * (projection + recurrence)
+    pairs = torch.tensor([[[0, 1], [2, 2]], [[1, 3], [0, 3]]])  # 1 + 0 + 2 + 3 rows to j, 3 + 0 + 2 + 3 to the end
+    assert setting.operations(pairs) - setting.operations() == 6 * recurrence
     at_end = replace(setting, compare="end")
-    assert suite.operations(at_end, pairs) - suite.operations(at_end) == 9 * recurrence
+    assert at_end.operations(pairs) - at_end.operations() == 8 * recurrence
 
 
 def test_the_rate_is_that_of_the_swaps_of_each_round(monkeypatch):
@@ -207,8 +207,8 @@ def test_the_rate_is_that_of_the_swaps_of_each_round(monkeypatch):
     found = suite.measured(setting, ["sire_fast", "sire_fast plain"], 3, 64, lambda: None)
     best = 2 * 64**3
     assert found.flops == 3 * [best]
-    assert found.rates["sire_fast"] == [suite.operations(setting, pairs) / best for pairs in drawn[-5::2]]
-    assert found.rates["sire_fast plain"] == 3 * [suite.operations(setting) / best]
+    assert found.rates["sire_fast"] == [3 * setting.operations(pairs) / best for pairs in drawn[-5::2]]
+    assert found.rates["sire_fast plain"] == 3 * [3 * setting.operations() / best]
     assert len({*found.rates["sire_fast"]}) > 1
 
 

@@ -13,7 +13,7 @@ import torch
 from oracle import CASES, Case, assert_as_good_as_reference, cast, error, make, run
 from torch import Tensor
 
-from sire_fast import _C, backends, functional, ops, reference, swaps
+from sire_fast import _C, backends, functional, ops, reference, swaps, validation
 from sire_fast.cells import CELLS
 
 KERNELS = list(backends.KERNELS)
@@ -203,7 +203,7 @@ def test_gradcheck(cell: str, backend: str, wanted: str) -> None:
 def test_opcheck(cell: str, backend: str) -> None:
     a = make_for(backend, Case(cell, 4, 3, 3, 2, inputs=5))
     a["swaps"] = torch.tensor([[0, 2], [0, 3]]).expand(3, 2, 2)  # spans that fill what a GPU keeps for them
-    ends, lengths = reference.fill_defaults(a["x_proj"], a["swaps"], None, a["lengths"])
+    ends, lengths = validation.fill_defaults(a["x_proj"], a["swaps"], None, a["lengths"])
     rows = ops.span_rows(backend, 4, a["swaps"], ends, lengths, None)
     arithmetic = str(a["x_proj"].dtype).removeprefix("torch.")
     settings, positions = (cell, backend, arithmetic, False), (a["swaps"], ends, lengths)
@@ -469,7 +469,7 @@ def test_one_swap_by_hand(backend: str) -> None:
 def test_the_gradients_operator_refuses_what_kernels_would_read_beyond(lacks: str) -> None:
     """Who calls it himself may hand over less memory than the sizes tell."""
     a = cast(make(Case("lstm", 4, 3, 5, 2)), torch.float32)
-    ends, lengths = reference.fill_defaults(a["x_proj"], a["swaps"], None, None)
+    ends, lengths = validation.fill_defaults(a["x_proj"], a["swaps"], None, None)
     tensors = [a[name] if a[name] is None else a[name].detach() for name in oracle.TENSORS]
     given = ("lstm", "cpu", "float32", False), (*tensors, a["swaps"], ends, lengths)
     rows = ops.span_rows("cpu", 4, a["swaps"], ends, lengths, None)

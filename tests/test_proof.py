@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pack_sequence
 
 import sire_fast
-from sire_fast import backends, proof, swaps
+from sire_fast import backends, checking, proof, swaps
 from sire_fast.backends import cpu, gpu
 from sire_fast.lab.cli import run
 
@@ -364,7 +364,7 @@ def test_what_is_wrong_is_found(n, monkeypatch):
     report = sire_fast.check(sire_fast.convert(nn.GRU(3, 20)), torch.randn(6, 4, 3))
     assert not report.right
     assert "WRONG: the layer: gru float32 6x4x3 H=20, cpu: " in str(report)
-    row = proof.check_kernel("cpu", "gru", torch.float32, "cpu", [20])
+    row = checking.check_kernel("cpu", "gru", torch.float32, "cpu", [20])
     assert len(row.wrong) >= 3
     assert run(["check", "--H", "20", "--cell", "gru", "--dtype", "float32"]) == 1
 
@@ -373,7 +373,7 @@ def test_what_raises_is_wrong(monkeypatch):
     monkeypatch.setattr(cpu, "forward", lambda *_: 1 / 0)
     report = sire_fast.check(sire_fast.convert(nn.GRU(3, 20)), torch.randn(6, 4, 3))
     assert "WRONG: the layer: gru float32 6x4x3 H=20, cpu: ZeroDivisionError: division by zero" in str(report)
-    row = proof.check_kernel("cpu", "gru", torch.float32, "cpu", [20])
+    row = checking.check_kernel("cpu", "gru", torch.float32, "cpu", [20])
     assert len(row.wrong) == 3
 
 

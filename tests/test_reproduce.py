@@ -24,7 +24,7 @@ import pytest
 import torch
 
 import sire_fast
-from sire_fast.lab import baselines, cli, train
+from sire_fast.lab import baselines, cli, files
 from sire_fast.lab.paper import data, experiments, problems, report, reproduce, trials
 from sire_fast.lab.paper.experiments import EXPERIMENTS
 from sire_fast.lab.paper.trials import Trial
@@ -557,7 +557,7 @@ def test_clouds_of_fewer_points_than_a_row_tells_are_refused(tmp_path, capsys, p
 
 def test_two_processes_do_not_run_one_experiment_into_one_directory(tmp_path, capsys):
     (tmp_path / "figure1").mkdir()
-    with train.alone(tmp_path / "figure1"):
+    with files.alone(tmp_path / "figure1"):
         code = cli.run(["reproduce", "figure1", "--out", str(tmp_path)])
     error = capsys.readouterr().err
     assert (code, error.count("\n")) == (1, 1)

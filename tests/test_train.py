@@ -23,7 +23,7 @@ from torch import nn
 import sire_fast.__main__
 import sire_fast.lab
 from sire_fast import backends
-from sire_fast.lab import benchmark, cli, train
+from sire_fast.lab import cli, files, train
 from sire_fast.lab.tasks import TASKS
 from sire_fast.lab.train import FILES, Config, Run, claim
 
@@ -232,7 +232,7 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        benchmark.write(path, fails)
+        files.write(path, fails)
     assert path.read_text() == "before"
     assert [*tmp_path.iterdir()] == [path]
 
@@ -242,7 +242,7 @@ def test_a_link_stays_one(tmp_path):
     target.parent.mkdir()
     link.symlink_to(Path("elsewhere/file"))
     for content in ("first", "second"):  # there is no such file yet, and there is one
-        benchmark.write(link, content)
+        files.write(link, content)
         assert link.is_symlink()
         assert target.read_text() == content
     assert [*target.parent.iterdir()] == [target]
@@ -272,7 +272,7 @@ def test_a_full_disk_is_told_and_leaves_a_run_that_goes_on(tmp_path, monkeypatch
     assert without_seconds(tmp_path / "run/history.jsonl") == without_seconds(tmp_path / "whole/history.jsonl")
 
 
-@pytest.mark.skipif(train.fcntl is None, reason="no locks of directories")
+@pytest.mark.skipif(files.fcntl is None, reason="no locks of directories")
 def test_two_runs_do_not_share_a_directory(tmp_path, capsys):
     run = start(tmp_path / "run", steps=4)
     told = []
@@ -549,14 +549,14 @@ def test_demo(capsys, monkeypatch):
     assert command(capsys, "demo", "--force")[0] == 0
 
 
-@pytest.mark.skipif(train.fcntl is None, reason="no locks of directories")
+@pytest.mark.skipif(files.fcntl is None, reason="no locks of directories")
 def test_a_demo_deletes_nothing_where_it_cannot_start(capsys):
     runs = [Path("runs/demo", name) for name in ("plain", "sire")]
     for run in runs:
         run.mkdir(parents=True)
         (run / "result.json").write_text("{}")
     for held in runs:
-        with train.alone(held):
+        with files.alone(held):
             code, _, err = command(capsys, "demo", "--force")
         assert (code, err) == (
             2,

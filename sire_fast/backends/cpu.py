@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import reference
+from sire_fast import validation
 from sire_fast.cells import CELLS
 
 _C: Any = None
@@ -83,7 +83,7 @@ def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest:
 
 
 def _refuse_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) -> None:
-    reference.check_positions(steps, swaps, ends, lengths)
+    validation.check_positions(steps, swaps, ends, lengths)
     raise ValueError("swaps, ends, lengths: expected 0 <= i <= j <= end < length <= T")  # of what a transform wraps
 
 

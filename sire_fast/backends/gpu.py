@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from sire_fast import reference
+from sire_fast import validation
 from sire_fast.cells import CELLS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -220,7 +220,7 @@ class Call:
 
 def span_rows(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor, longest: int | None) -> int:
     """As many rows for every variant as the longest span may have: no one waits for the device to tell them."""
-    reference.check_positions(steps, swaps, ends, lengths)
+    validation.check_positions(steps, swaps, ends, lengths)
     return swaps.shape[0] * swaps.shape[1] * min(steps, longest or steps)
 
 
@@ -237,7 +237,7 @@ def check(train: bool, inputs: Sequence[Any], spans: Tensor) -> None:
     """A ValueError if positions on the CPU, of inputs in the order of the operator's schema, lie outside their
     sequences, or their spans are too long for `spans`."""
     x, *_, swaps, ends, lengths = inputs
-    reference.check_positions(x.shape[0], swaps, ends, lengths)
+    validation.check_positions(x.shape[0], swaps, ends, lengths)
     if train and swaps.numel() and swaps.device.type == "cpu":
         needed, rows = int((ends - swaps[..., 0]).max()) + 1, spans.shape[0] // swaps[..., 0].numel()
         if rows < needed:

@@ -13,7 +13,6 @@ machine disturbs all of them, and `ratio` compares them round by round.
 from __future__ import annotations
 
 import functools
-import io
 import multiprocessing
 import os
 import platform
@@ -29,7 +28,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +48,8 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 WARM_UP = 1  # rounds that are not counted
 
 _CellStep = Callable[[Tensor, Tensor, States], States]
-_EQUATIONS = {nn.RNN: CELLS["rnn_tanh"], nn.GRU: CELLS["gru"], nn.LSTM: CELLS["lstm"]}
+_KEYS = {"RNN": "rnn_tanh", "GRU": "gru", "LSTM": "lstm"}  # of CELLS
+_EQUATIONS = {LAYERS[name]: CELLS[key] for name, key in _KEYS.items()}
 _CELL_STEPS = {nn.RNN: torch.rnn_tanh_cell, nn.GRU: torch.gru_cell}
 _CELL_MODULES = {nn.RNN: nn.RNNCell, nn.GRU: nn.GRUCell, nn.LSTM: nn.LSTMCell}
 
@@ -95,6 +95,27 @@ class Setting:
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
         check_device(self.device)
+
+    @property
+    def key(self) -> str:
+        """Of the cell in CELLS."""
+        return _KEYS[self.cell]
+
+    def operations(self, pairs: Tensor | None = None) -> int:
+        """Floating-point operations of the layer's forward; as many again for each of two gradients, of an input that
+        needs one and of the weights.
+
+        A variant shares its original's prefix, and the product of its first step: it adds a row for each step behind
+        that one. One that exchanges nothing is not run.
+
+        Args:
+            pairs: (B, K, 2), None without swaps.
+        """
+        rows = products = self.T * self.B
+        if pairs is not None:
+            i, j = pairs.unbind(-1)
+            products += int(((j if self.compare == "swap" else self.T - 1) - i)[i < j].sum())
+        return 2 * CELLS[self.key].gates * self.H * (rows * self.I + products * self.H)
 
     def __str__(self) -> str:
         swaps = f"{self.swaps} compared at the {self.compare}"
@@ -595,29 +616,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of what computes a result."""
     return {"sire_fast": sire_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def write(path: Path, content: str | Callable[[BinaryIO], object]) -> None:
-    """Make a file appear whole or not at all: a text or what a function writes goes beside it, then takes its place;
-    that of the file that a link names, if it is one.
-
-    Raises:
-        OSError: it cannot be written; the file is named.
-    """
-    held = io.BytesIO()  # torch.save into a file on a full disk says nothing of the disk
-    if isinstance(content, str):
-        held.write(content.encode())
-    else:
-        content(held)
-    target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.tmp")
-    try:
-        temporary.write_bytes(held.getvalue())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _processor() -> str:

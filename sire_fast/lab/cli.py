@@ -33,13 +33,14 @@ from rich.table import Column, Table
 from torch import distributed
 
 import sire_fast
-from sire_fast import backends, proof
+from sire_fast import backends, checking, proof
 from sire_fast.backends import cpu
 from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS
 from sire_fast.inspection import Inspection, inspect
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, check_device, check_size, write
+from sire_fast.lab.benchmark import CONTESTANTS, DTYPES, Setting, check_device, check_size
+from sire_fast.lab.files import check_directory, write
 from sire_fast.lab.paper.experiments import cost_rounds
 from sire_fast.lab.paper.report import cost_overview, overview, rich_table
 from sire_fast.lab.paper.reproduce import NAMES, PRESETS, QUICK, plan, reproduce
@@ -50,7 +51,6 @@ from sire_fast.lab.train import (
     Config,
     Run,
     by_first,
-    check_directory,
     claim,
     evaluate,
     of_all,
@@ -469,7 +469,9 @@ def check_command(
     calls = [*itertools.product(backends.KERNELS, cells, [getattr(torch, name) for name in dtypes])]
     with _passing_progress() as progress:
         tracked = progress.track(calls, description="check")
-        report = proof.Report([proof.check_kernel(*call, device, sizes) for call in tracked], proof.environment(device))
+        report = checking.Report(
+            [checking.check_kernel(*call, device, sizes) for call in tracked], proof.environment(device)
+        )
     print(report)  # for a bug report: on a console it would be wrapped
     if not report.right:
         raise typer.Exit(1)

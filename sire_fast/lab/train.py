@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -36,16 +35,12 @@ from torch import Tensor, distributed, nn
 import sire_fast
 from sire_fast import schedules
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import check_device, check_size, write
+from sire_fast.lab.benchmark import check_device, check_size
+from sire_fast.lab.files import alone, check_directory, write
 from sire_fast.lab.tasks import TASKS, Task
 from sire_fast.layers import COMPARES
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 LAYERS = {"rnn": sire_fast.RNN, "gru": sire_fast.GRU, "lstm": sire_fast.LSTM}
 FILES = CHECKPOINT, HISTORY, RESULT, CURVES = "model.pt", "history.jsonl", "result.json", "curves.png"
@@ -176,40 +171,6 @@ def by_first(action: Callable[[], Result]) -> Result:
     if wrong is not None:
         raise wrong
     return result
-
-
-def check_directory(path: Path) -> None:
-    """Raise a ValueError where a file stands in its way, or nothing can be written."""
-    there = next(p for p in (path, *path.parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(f"{there}: expected a directory, found a file")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"{there}: expected a directory that can be written to")
-
-
-@contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Keep other processes out of a directory: two that write the same files spoil them for each other.
-
-    Raises:
-        BlockingIOError: another one is there.
-    """
-    if fcntl is None:  # Windows
-        yield
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"{directory}: another process writes there; wait for it, or take another directory"
-            ) from None
-        except OSError:  # a file system that cannot lock
-            pass
-        yield
-    finally:
-        os.close(handle)
 
 
 def claim(*directories: Path, force: bool = False) -> None:

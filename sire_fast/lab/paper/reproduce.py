@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from sire_fast.lab.benchmark import write
+from sire_fast.lab.files import alone, check_directory, write
 from sire_fast.lab.paper import data, experiments, report
 from sire_fast.lab.paper.experiments import EXPERIMENTS, Case
 from sire_fast.lab.paper.problems import check_elements
 from sire_fast.lab.paper.trials import Trial, best, run_all
-from sire_fast.lab.train import alone, check_directory
 
 NAMES = (*EXPERIMENTS, "cost")
 PRESETS = ("quick", "full")

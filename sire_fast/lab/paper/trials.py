@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from sire_fast.lab import baselines, benchmark
-from sire_fast.lab.benchmark import write
+from sire_fast.lab.files import write
 from sire_fast.lab.paper import data
 from sire_fast.lab.paper.problems import Classes, LocalImages, Sequences
 from sire_fast.lab.tasks import TASKS
