@@ -3,7 +3,7 @@
 One step maps the input half x = W_ih x_t + b_ih and the recurrent half u = W_hh h + b_hh of the gates, and the
 states s of the step before, to the states after it. Weight layout, gate order and both biases are torch.nn's.
 There is no gradient here: autograd differentiates these functions, and that is the truth the kernels are tested
-against. csrc/cells.h holds the same equations under the same numbers.
+against. csrc/cells.h and kernels/cells.py hold the same equations under the same numbers.
 
     RNN    h' = tanh(x + u)                                  (1)
            h' = relu(x + u)                                  (2)

@@ -478,8 +478,9 @@ def test_checkpoints(layer: sire_fast.GRU, reentrant: bool, inside: bool) -> Non
                 return
             loss = loss + sire_fast.penalty(layer)
         layer.zero_grad()
+        x.grad = None
         loss.backward()
-        results.append((loss.detach(), _gradients(layer)))
+        results.append((loss.detach(), x.grad, _gradients(layer)))
         with pytest.raises(RuntimeError):
             sire_fast.penalty(layer)
     torch.testing.assert_close(*results)
@@ -1560,13 +1561,3 @@ def test_ensembles() -> None:
     base = copy.deepcopy(models[0]).to("meta")
     run = torch.func.vmap(lambda p, b, x: torch.func.functional_call(base, (p, b), (x,))[0], (0, 0, None))
     torch.testing.assert_close(run(parameters, buffers, X), torch.stack([m(X)[0] for m in models]))
-
-
-def test_order_of_the_swaps_does_not_depend_on_the_way() -> None:
-    """The same seed, the same swaps: in eager mode, twice, and for the plain layer nothing."""
-    layer, drawn = sire_fast.GRU(3, 4, swaps=Uniform(2)), []
-    for _ in itertools.repeat(None, 2):
-        torch.manual_seed(3)
-        layer(torch.ones(7, 2, 3) * torch.arange(7)[:, None, None])
-        drawn.append(sire_fast.penalty(layer).item())
-    assert drawn[0] == drawn[1]

@@ -683,20 +683,6 @@ def test_exports_as_torchs_layer_does(options: dict[str, Any]) -> None:
         torch.testing.assert_close(exported(x), layer(x))
 
 
-def test_checkpointing_draws_the_same_swaps_again() -> None:
-    layer, x = sire_fast.GRU(4, 6, swaps=Uniform(2), compare="end"), torch.randn(9, 3, 4, requires_grad=True)
-
-    def loss(x: Tensor) -> Tensor:
-        return layer(x)[0].sum() + sire_fast.penalty(layer)
-
-    gradients = []
-    for checkpointed in (False, True):
-        torch.manual_seed(0)
-        value = torch.utils.checkpoint.checkpoint(loss, x, use_reentrant=False) if checkpointed else loss(x)
-        gradients.append(torch.autograd.grad(value, [x, layer.weight_hh_l0]))
-    torch.testing.assert_close(*gradients)
-
-
 def test_torchs_own_layer_where_it_is_faster() -> None:
     """A plain LSTM of few sequences: chosen, told, and not where swaps or a named backend rule it out."""
     torch.set_num_threads(2)

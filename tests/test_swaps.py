@@ -104,16 +104,6 @@ def test_half_range_keeps_the_halves_apart() -> None:
     assert ((drawn[1] < 3).all(-1) | (drawn[1] >= 3).all(-1)).all()
 
 
-def test_long_sequences_lose_no_pair_to_rounding() -> None:
-    """Pairs are numbered by a square root in float64."""
-    i, j = swaps._triangle_pair(torch.tensor([0, 2, 3, 10**12 - 1, 10**6 * (10**6 - 1) // 2]))
-    assert i[:3].tolist() == [0, 1, 0]
-    assert j[:3].tolist() == [1, 2, 3]
-    assert (i[4], j[4]) == (0, 10**6)
-    assert (i < j).all()
-    assert (j * (j - 1) // 2 + i == torch.tensor([0, 2, 3, 10**12 - 1, 10**6 * (10**6 - 1) // 2])).all()
-
-
 @pytest.mark.parametrize(
     ("text", "sampler"),
     [
