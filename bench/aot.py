@@ -36,7 +36,8 @@ from sire_fast.backends.cuda import Chip
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
-from sire_fast.proof import first_line
+from sire_fast.proof import TRAINING, first_line
+from sire_fast.reference import SwapRNN
 
 CAPABILITIES = (80, 90, 100)
 ARITHMETIC = {"tf32x3": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,7 +89,8 @@ def jobs(capabilities: Sequence[int], cells: Sequence[str], sizes: Sequence[tupl
 
 
 def compiled(job: Job) -> list[Usage]:
-    """What the kernels of a training pass use, with gates kept and with gates computed again."""
+    """What the kernels of a training pass use, with gates kept and with gates computed again, and those of the backward
+    where a loss reads some of the results only."""
     return [usage(name, binary) for name, binary in binaries(job).items()]
 
 
@@ -99,26 +101,27 @@ def binaries(job: Job, only: Collection[str] = ()) -> dict[str, Any]:
         SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda _: 0, get_current_target=lambda: target)
     )
     found: dict[str, Any] = {}
-    compile_only = JITFunction.run
+    compile_only, through = JITFunction.run, ()
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         name = kernel.__name__.removesuffix("_kernel") + " again" * constants.get("RECOMPUTE", False)
-        if not only or name in only:
+        name += f" of {' and '.join(through)}" * (name == "backward" and bool(through))
+        if name not in found and (not only or name in only):
             found[name] = compile_only(kernel, *arguments, grid=grid, warmup=True, **constants)
 
     JITFunction.run = run  # type: ignore[method-assign]
     launches.chip = lambda _: (job.capability, 1)
     torch.set_float32_matmul_precision("high" if job.arithmetic == "tf32" else "highest")
     try:
-        for recompute in (False, True):
-            train(job.cell, job.hidden, ARITHMETIC[job.arithmetic], recompute)
+        for recompute, through in ((False, ()), (True, ()), (False, TRAINING), (False, ("h_n",))):
+            train(job.cell, job.hidden, ARITHMETIC[job.arithmetic], recompute, through)
     finally:
         JITFunction.run = compile_only  # type: ignore[method-assign]
     return found
 
 
-def train(cell: str, hidden: int, dtype: torch.dtype, recompute: bool) -> None:
-    """Ask the launcher for a pass and its gradient; nothing is computed."""
+def train(cell: str, hidden: int, dtype: torch.dtype, recompute: bool, through: Sequence[str]) -> None:
+    """Ask the launcher for a pass and its gradient through all results or some; nothing is computed."""
     T, B, K = 4, 2, 2
     wide = torch.float32
     gates, spans = backend.kept(cell, T, B, hidden, B * K * T, True, recompute)
@@ -133,8 +136,9 @@ def train(cell: str, hidden: int, dtype: torch.dtype, recompute: bool) -> None:
     track, last, ended = (empty(*size, hidden, dtype=wide) for size in ((T, B), (B,), (B, K)))
     penalty = empty(B, K, dtype=wide)
     kept = empty(*gates), empty(*spans, dtype=wide)
-    launches.forward(cell, True, inputs, [track, last, last, ended, penalty, track, ended, *kept])
-    grads = [track, last, last, ended, penalty, track, ended]
+    results = SwapRNN(track, last, last, ended, penalty, track, ended)
+    launches.forward(cell, True, inputs, [*results, *kept])
+    grads = [each if not through or name in through else None for name, each in results._asdict().items()]
     wanted = [torch.empty_like(t) if t is not None else None for t in inputs[:7]]
     launches.backward(cell, recompute, [*grads, *inputs, track, track, *kept], wanted)
 

@@ -4,8 +4,9 @@ A kernel is any backend besides "cpu" and "reference". It is checked as the test
 twice that of the reference in the same arithmetic, on memory filled with NaN, and bits that repeat, on other streams
 and in CUDA graphs too. That is done side by side in processes, which also compile what is to be timed, the most
 important first. Then what is right is timed, alone: the figures that the project has to reach, peers' shapes, and how
-time grows with rows, H and T. Writes <device>.json and <device>.png to $OUT, else to bench/results. All of it takes
-eight minutes at most: what does not fit is "skipped: time". Exit code 0; 1 if a kernel is wrong; 2 without a GPU.
+time grows with rows, H and T. Writes <device>.json, every few seconds, and <device>.png to $OUT, else to
+bench/results. All of it takes eight minutes at most: what does not fit is "skipped: time". Exit code 0; 1 if a kernel
+is wrong, or hangs; 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import os
 import random
 import re
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -36,12 +38,15 @@ from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
 from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio
 from sire_fast.lab.files import write
+from sire_fast.proof import TRAINING
 
 ROOT = Path(__file__).parents[1]
 TOTAL, PREPARED = 450.0, 220.0  # seconds, of all, and until what is to be timed is compiled and checked
 TASK = 150.0  # seconds for a case, or to prepare an item
-FIRST = 8  # items that are prepared before the cases are checked
+FIRST, TELLING = 8, 8  # items that are prepared before any case is checked, and cases before the other items
 ITEM = 8.0  # seconds of one setting, after its warm-up
+QUICK_CASES = 6
+SAVED_EVERY, OVERDUE = 20.0, 30.0  # seconds between writes of what is checked, and behind TOTAL until a hang is over
 ROUNDS, QUICK_ROUNDS, FEWEST = 11, 2, 3  # of a contestant; FEWEST however slow it is
 INPUTS = 3  # sets that take turns, so that the cache does not hold the input of the next step
 BARRIERS = 10_000  # behind each other, to time one
@@ -371,25 +376,37 @@ Groups = dict[tuple[str, str, str], Checked]  # by backend, cell and arithmetic
 
 def prepare(item: Item, name: str, checks: bool) -> Checked:
     """Run a kernel, or what is "compiled", at the size of an item, so that nothing is left to compile; before that,
-    check it there."""
+    check there what is timed."""
     setting, found = item.setting, Checked(name, item.setting.key, item.arithmetic)
+    timed = [each for each in item.contestants([name]) if each.removesuffix(" plain") == name]
     if checks and name in backends.KERNELS:
         longest = passes.longest_span(swaps.parse(setting.swaps), setting.compare)
-        sizes = min(setting.T, 20), setting.B, setting.H
-        case = Case(*sizes, setting.swaps, setting.compare, setting.I, longest=longest)
-        check_cases(found, [case], setting.device)
+        plain = Case(min(setting.T, 20), setting.B, setting.H, I=setting.I, through=("output",))
+        swapped = plain._replace(swaps=setting.swaps, compare=setting.compare, longest=longest, through=TRAINING)
+        check_cases(found, [plain if each.endswith(" plain") else swapped for each in timed], setting.device)
     if not found.failures and not found.not_available:
-        with arithmetic_of(item.arithmetic), suppress(Exception):  # which is told when it is timed
-            for each in item.contestants([name]):
-                if each.removesuffix(" plain") == name:
+        try:
+            with arithmetic_of(item.arithmetic):
+                for each in timed:
                     Runner(setting, each).run("step")
+        except torch.OutOfMemoryError:  # which is told when it is timed
+            pass
+        except Exception as error:  # of what is compiled, too
+            if name in backends.KERNELS:
+                found.failures.append(f"{name} {item}: {first_line(error)}")
         if broken():
             found.failures.append(f"{name} {item}: breaks the CUDA context of its process")
     return found
 
 
 def prepare_all(
-    items: Sequence[Item], cases: Sequence[Case], groups: Groups, device: str, checks: bool, clock: Clock
+    items: Sequence[Item],
+    cases: Sequence[Case],
+    groups: Groups,
+    device: str,
+    checks: bool,
+    clock: Clock,
+    save: Callable[[], None],
 ) -> set[tuple[Item, str]]:
     """Check cases and prepare items, in processes.
 
@@ -398,6 +415,7 @@ def prepare_all(
         cases: to be checked in every group.
         groups: get what is found.
         checks: whether to check anything.
+        save: called every few seconds, with `groups` as far as they are.
 
     Returns:
         What can be timed: items and kernels, or "compiled".
@@ -412,13 +430,21 @@ def prepare_all(
             if "compiled" in item.names:
                 tasks.append((partial(prepare, item, "compiled", False), item, Checked("compiled", "", "")))
 
+    def check(some: Sequence[Case]) -> None:
+        for case, (key, group) in itertools.product(some if checks else (), groups.items()):
+            tasks.append((partial(check_cases, Checked(*key), [case], device), None, group))
+            group.skipped += 1
+
+    # each compiles: where the time does not suffice, a part of the cases is what is left out
     add(items[:FIRST])
-    for case, (key, group) in itertools.product(cases if checks else (), groups.items()):
-        tasks.append((partial(check_cases, Checked(*key), [case], device), None, group))
-        group.skipped += 1
+    check(cases[:TELLING])
     add(items[FIRST:])
-    ready = set()
+    check(cases[TELLING:])
+    ready, saved = set(), clock.left
     for n, answer in answers([task for task, *_ in tasks], workers(), clock.left - TOTAL + PREPARED, TASK):
+        if saved - clock.left > SAVED_EVERY:
+            save()
+            saved = clock.left
         task, item, group = tasks[n]
         name = f"{group.backend} {group.cell} {group.arithmetic}"
         if isinstance(answer, Lost):
@@ -521,6 +547,24 @@ def report(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@contextmanager
+def _ended_after(seconds: float, last: Callable[[], object]) -> Iterator[None]:
+    """End the process after so many seconds and a last action, with exit code 1: it waits for ever for a kernel that
+    hangs."""
+
+    def end() -> None:
+        last()
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Check the kernels `found`, measure, and write the result, which is also returned, and its picture."""
     clock, machine = Clock(TOTAL), benchmark.machine(device) | {"environment": proof.environment(device)}
@@ -531,9 +575,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
     items = [i for i in items if i.setting.key in options.cells and i.arithmetic in options.dtypes]
     if options.quick:
         items = [item._replace(setting=replace(item.setting, T=6, B=3, I=16, H=16)) for item in items]
-    clock.say(f"compiling and checking {', '.join(found) or 'nothing: no kernel is there'}")
     checks = options.only != "time"
-    ready = prepare_all(items, CASES[:4] if options.quick else CASES, groups, device, checks, clock)
 
     def save() -> None:  # after every item: what comes later may take the process with it
         done = [*groups.values()] if checks else []
@@ -541,25 +583,36 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
         write(path, json.dumps(result, indent=2) + "\n")
 
-    save()
-    if items:
-        result["rates"] = rates(device, 128 if options.quick else 8192)
-        for _, found_there in answers([partial(barriers, device)], 1, ALONE, ALONE):  # which might wait for ever
-            if isinstance(found_there, Lost):
-                clock.say(f"barriers: {found_there.why}")
-            else:
-                result["rates"] |= found_there
-    for item in items:
-        measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
-        if clock.left > ITEM:
-            measured = time_item(
-                item, found, groups if checks else None, ready, QUICK_ROUNDS if options.quick else ROUNDS
-            )
-        result["times"].append(as_json(item, measured, result["rates"]))
-        result["goals"] += reached(item, found, measured)
-        clock.say("\n".join(lines_of(result["times"][-1])))
+    def end() -> None:
+        clock.say("a kernel hangs: that is the end")
+        print(report(result), flush=True)
+
+    with _ended_after(TOTAL + OVERDUE, end):
         save()
-        torch.cuda.empty_cache()
+        clock.say(f"compiling and checking {', '.join(found) or 'nothing: no kernel is there'}")
+        ready = prepare_all(items, CASES[:QUICK_CASES] if options.quick else CASES, groups, device, checks, clock, save)
+        save()
+        if items:
+            result["rates"] = rates(device, 128 if options.quick else 8192)
+            for _, found_there in answers([partial(barriers, device)], 1, ALONE, ALONE):  # which might wait for ever
+                if isinstance(found_there, Lost):
+                    clock.say(f"barriers: {found_there.why}")
+                else:
+                    result["rates"] |= found_there
+        for item in items:
+            measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
+            if clock.left > ITEM:
+                measured = time_item(
+                    item, found, groups if checks else None, ready, QUICK_ROUNDS if options.quick else ROUNDS
+                )
+            result["times"].append(as_json(item, measured, result["rates"]))
+            result["goals"] += reached(item, found, measured)
+            clock.say("\n".join(lines_of(result["times"][-1])))
+            save()
+            if broken():
+                clock.say("the CUDA context is broken: nothing more is timed")
+                break
+            torch.cuda.empty_cache()
     try:
         figure = draw(result)  # axes stay empty where options leave their settings out
         write(path.with_suffix(".png"), lambda file: figure.savefig(file, format="png", dpi=150))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sire_fast import backends, functional, proof, reference
-from sire_fast.proof import Case, first_line
+from sire_fast.proof import TRAINING, Case, first_line
 
 # tf32: float32 tensors, whose products torch, cuDNN and the kernels may take in TF32
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,6 +40,9 @@ def arithmetic_of(name: str) -> Iterator[None]:
 # the most telling first: each costs compilations, and the time may not suffice for all
 CASES = [
     Case(20, 64, 128, "uniform:8"),
+    Case(20, 64, 128, "uniform:8", through=TRAINING),
+    Case(20, 64, 128, "uniform:8", through=("h_n",)),
+    Case(20, 64, 128, "uniform:8", through=None),
     Case(9, 64, 256, "adjacent:8", "swap", I=256, longest=2),
     Case(18, 5, 7, "uniform:20", I=5, ragged=True),
     Case(9, 3, 64, "uniform:2", "swap", I=16, ragged=True, bias=False),
@@ -111,11 +114,11 @@ def check_case(
     with arithmetic_of(arithmetic):
         arguments = proof.make(cell, case, draw, DTYPES[arithmetic], device)
         kernel = partial(functional.swap_rnn, cell, backend=backend, recompute=case.recompute, longest=case.longest)
-        ours = partial(proof.run, kernel)
+        ours = partial(proof.run, kernel, through=case.through)
         with _poisoned():
             values = ours(arguments)
-        plain = partial(reference.swap_rnn, cell)
-        truth, theirs = proof.run(plain, proof.leaves(arguments, Tensor.double)), proof.run(plain, arguments)
+        plain = partial(proof.run, partial(reference.swap_rnn, cell), through=case.through)
+        truth, theirs = plain(proof.leaves(arguments, Tensor.double)), plain(arguments)
         inexact = proof.too_large(proof.errors(values, theirs, truth, EPS[arithmetic], proof.BUILT_TO))
         wrong = _differ("in a second run", values, ours(arguments))
         if torch.device(device).type == "cuda":

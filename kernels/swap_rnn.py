@@ -580,7 +580,7 @@ def backward_kernel(
                 t, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T,
                 B, H, S, KEPT, BH, AS_ONE, ALIGN,
             )  # fmt: skip
-            soon_c = _second(d_tracks, t, b, original & live & (t <= stop), unit, B, H)
+            soon_c = _second(d_tracks, STATES, t, b, original & live & (t <= stop), unit, B, H)
         else:
             for block in range(blocks):
                 first = block * BH
@@ -608,7 +608,9 @@ def backward_kernel(
                         t - 1, b, v, i, original, live, stop, first, d_tracks, start, tracks, gates, spans, T, B, H, S,
                         KEPT, BH, AS_ONE, ALIGN,
                     )  # fmt: skip
-                    soon_c = _second(d_tracks, t - 1, b, original & live & (t > 0) & (t <= stop + 1), unit, B, H)
+                    soon_c = _second(
+                        d_tracks, STATES, t - 1, b, original & live & (t > 0) & (t <= stop + 1), unit, B, H
+                    )
                 else:
                     first = block * BH
                     unit = first + tl.arange(0, BH)
@@ -619,7 +621,7 @@ def backward_kernel(
                     )  # fmt: skip
                     after = _load_states(t + 1, b, v, i, running, unit, start, tracks, spans, B, H, S, False, ALIGN)
                     after = after[STATES - 1]
-                    d_c = _second(d_tracks, t, b, original & running, unit, B, H)
+                    d_c = _second(d_tracks, STATES, t, b, original & running, unit, B, H)
                 n_ended, end = ended_before, end_before
                 n_started, begins = started_before, begins_before
 
@@ -769,10 +771,10 @@ def _event(times, variants_of, n, rows, K):
 
 
 @triton.jit
-def _second(d_tracks, t, b, rows, unit, B, H):
+def _second(d_tracks, STATES: tl.constexpr, t, b, rows, unit, B, H):
     """The gradient of the second state after step t, if there is one."""
     found = ()
-    for n in tl.static_range(1, len(d_tracks)):
+    for n in tl.static_range(1, STATES):  # before 3.7 Triton cannot tell the length of a tuple that holds None
         if d_tracks[n] is not None:
             address = _row(d_tracks[n], t * B + b, H)[:, None] + unit
             found = tl.load(address, rows[:, None] & (unit < H)[None, :], 0.0)

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import threading
 import warnings
 import zlib
@@ -40,7 +41,7 @@ TENSORS = ("x_proj", "w_ih", "b_ih", "w_hh", "b_hh", "h0", "c0")  # arguments of
 
 
 class Case(NamedTuple):
-    """A call of swap_rnn: sizes, and which of the optional arguments it has."""
+    """A call of swap_rnn: sizes, which of the optional arguments it has, and what a loss reads of its results."""
 
     T: int
     B: int
@@ -52,6 +53,9 @@ class Case(NamedTuple):
     bias: bool = True
     recompute: bool = False
     longest: int | None = None  # span of a variant, if the kernel is told
+    # results through which a gradient comes: a kernel is compiled for each set of them; () for all, None for a pass
+    # without gradients
+    through: tuple[str, ...] | None = ()
 
     def __str__(self) -> str:
         default = Case._field_defaults
@@ -112,16 +116,22 @@ def leaves(arguments: Mapping[str, Any], change: Callable[[Tensor], Tensor]) -> 
     }
 
 
-def run(call: Callable[..., reference.SwapRNN], arguments: Mapping[str, Any]) -> Results:
-    """All outputs, and the gradient of every argument through all of them; it never waits for the device."""
-    values = {name: value for name, value in call(**arguments)._asdict().items() if value is not None}
-    return with_gradients(values, {n: arguments[n] for n in TENSORS if arguments[n] is not None})
+def run(
+    call: Callable[..., reference.SwapRNN], arguments: Mapping[str, Any], through: tuple[str, ...] | None = ()
+) -> Results:
+    """All outputs, and the gradient of every argument, see Case; it never waits for the device."""
+    with torch.set_grad_enabled(through is not None):
+        values = {name: value for name, value in call(**arguments)._asdict().items() if value is not None}
+    if through is None:
+        return values
+    return with_gradients(values, {n: arguments[n] for n in TENSORS if arguments[n] is not None}, through)
 
 
-def with_gradients(values: Results, of: Mapping[str, Tensor]) -> Results:
-    """Values, and the gradients of all of them, weighted, in some tensors."""
-    weights = (torch.arange(v.numel(), device=v.device).cos().view(v.shape).to(v.dtype) for v in values.values())
-    loss = sum((value * weight).sum() for value, weight in zip(values.values(), weights, strict=True))
+def with_gradients(values: Results, of: Mapping[str, Tensor], through: Sequence[str] = ()) -> Results:
+    """Values, and the gradients of all of them, or of some, weighted, in some tensors."""
+    read = [values[name] for name in through or values]
+    weights = (torch.arange(v.numel(), device=v.device).cos().view(v.shape).to(v.dtype) for v in read)
+    loss = sum((value * weight).sum() for value, weight in zip(read, weights, strict=True))
     gradients = torch.autograd.grad(loss, [*of.values()])  # type: ignore[arg-type]
     values = values | {f"d_{name}": gradient for name, gradient in zip(of, gradients, strict=True)}
     return {name: value.detach() for name, value in values.items()}
@@ -160,9 +170,10 @@ def kernel_errors(
     )
     for draw in range(chances(cell, case.H)):
         arguments = make(cell, case, draw, dtype, device)
-        truth = run(functools.partial(reference.swap_rnn, cell), leaves(arguments, Tensor.double))
-        theirs = run(functools.partial(reference.swap_rnn, cell), arguments)
-        found = errors(run(kernel, arguments), theirs, truth, eps_of(dtype, device))
+        plain = functools.partial(reference.swap_rnn, cell)
+        truth = run(plain, leaves(arguments, Tensor.double), case.through)
+        ours, theirs = (run(call, arguments, case.through) for call in (kernel, plain))
+        found = errors(ours, theirs, truth, eps_of(dtype, device))
         if not too_large(found):
             break
     return found
@@ -185,6 +196,8 @@ def eps_of(dtype: torch.dtype, device: torch.device | str) -> float:
 
 # of the H that is asked for: 16 rows in lock step, and variants that follow behind them
 _SMALL = Case(18, 5, 0, "uniform:20", ragged=True)
+TRAINING = ("output", "penalty")  # what nearly every loss reads
+_TRIED = [_SMALL._replace(through=through) for through in ((), TRAINING, None)]
 
 # what was asked in this process -> why not
 _known: dict[tuple[Any, ...], list[str]] = {}
@@ -225,7 +238,8 @@ def _tried(backend: str, cell: str, dtype: torch.dtype, device: torch.device, hi
         nonlocal wrong
         try:
             with _waiting_allowed(device):
-                wrong = too_large(kernel_errors(backend, cell, dtype, device, _SMALL._replace(H=hidden_size)))
+                for case in _TRIED:
+                    wrong += too_large(kernel_errors(backend, cell, dtype, device, case._replace(H=hidden_size)))
         except torch.OutOfMemoryError:
             wrong = None
         except Exception as error:  # whatever a compiler or a driver dies of
@@ -251,9 +265,13 @@ def _waiting_allowed(device: torch.device) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def first_line(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+def first_line(error: BaseException) -> str:
+    """An error in one line. That of Triton's compiler is behind others, and has the reason in its last line."""
+    while error.__cause__:
+        error = error.__cause__
+    lines = str(error).splitlines() or [""]
+    told = f"{lines[0]} {lines[-1]}" if re.fullmatch(r"at \d+:\d+:", lines[0]) else lines[0]
+    return f"{type(error).__name__}: {told[:200]}"
 
 
 def _remembered(backend: str, *call: Any) -> Path:

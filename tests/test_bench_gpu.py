@@ -8,9 +8,12 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import cuda_on_host
 import pytest
@@ -134,7 +137,7 @@ def test_what_breaks_the_context_at_full_length_is_wrong_and_not_run_again(monke
     for checks, told in ((True, "not timed: wrong"), (False, "skipped: time")):
         groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
         monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, checked)]))
-        ready = gpu.prepare_all([item], [], groups, "cpu", checks, gpu.Clock(60))
+        ready = gpu.prepare_all([item], [], groups, "cpu", checks, gpu.Clock(60), lambda: None)
         assert gpu.time_item(item, ["cpu"], groups if checks else None, ready, 1)["cpu"] == told
 
 
@@ -210,18 +213,18 @@ def test_what_does_not_answer_is_skipped_and_what_dies_is_wrong(lost, correct, t
     good = Checked("cpu", "gru", "float32", passed=1)
     # a task for the item, one for each case
     monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, lost), (1, good), (2, good)]))
-    ready = gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60))
+    ready = gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60), lambda: None)
     (group,) = groups.values()
     assert (group.passed, group.skipped, bool(group.failures)) == (2, 0, lost.died)
     assert gpu.time_item(item, ["cpu"], groups, ready, 1)["cpu"] == told
     monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, good)]))
     groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
-    assert gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60)) == {(item, "cpu")}
+    assert gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60), lambda: None) == {(item, "cpu")}
     (group,) = groups.values()
     assert (group.skipped, group.correct) == (2, True)  # nothing was found wrong
     monkeypatch.setattr(gpu, "answers", lambda *_: iter([(0, good), (1, lost), (2, good)]))
     groups = {("cpu", "gru", "float32"): Checked("cpu", "gru", "float32")}
-    gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60))
+    gpu.prepare_all([item], SMALL[:2], groups, "cpu", True, gpu.Clock(60), lambda: None)
     (group,) = groups.values()
     assert group.failures == [f"cpu gru float32 {SMALL[0]}: {lost.why}"]  # of a case: a hang is a fault
 
@@ -344,6 +347,56 @@ def test_barriers_that_wait_for_ever_take_nothing_along(tmp_path, monkeypatch, c
     result = gpu.run("cpu", ["cpu"], options, tmp_path)
     assert result["times"][0]["contestants"]["plain"]["step"]["floor_us_per_step"] > 0
     assert "barriers: no answer in 30 s" in capfd.readouterr().err
+
+
+def test_a_kernel_that_hangs_ends_with_what_was_found(tmp_path):
+    """In the process that times it: those that check have a limit of their own."""
+    code = (
+        "import argparse, time; from pathlib import Path; from bench import gpu\n"
+        "gpu.TOTAL, gpu.OVERDUE, gpu.prepare_all = 3, 0, lambda *_: set()\n"
+        "gpu.ITEM, gpu.time_item = 0, lambda *_: time.sleep(100)\n"
+        "options = argparse.Namespace(quick=True, only=None, cells=['gru'], dtypes=['bfloat16'])\n"
+        f"gpu.run('cpu', ['cpu'], options, Path({str(tmp_path)!r}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "a kernel hangs" in done.stderr
+    assert done.stdout.splitlines()[-1] == "correct: false, failures: 0"
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["correct"] is False
+
+
+def test_a_broken_context_ends_the_timing_not_the_report(tmp_path, monkeypatch, capfd):
+    """Nothing else can be timed in this process, and everything raises."""
+
+    def raises():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu, "broken", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", raises)
+    monkeypatch.setattr(gpu, "prepare_all", lambda *_: set())
+    monkeypatch.setattr(gpu, "plan", lambda device: 2 * [Item(TINY, "float32", ("plain",))])
+    options = argparse.Namespace(quick=True, only="time", cells=["gru"], dtypes=["float32"])
+    result = gpu.run("cpu", ["cpu"], options, tmp_path)
+    assert len(result["times"]) == 1
+    assert "the CUDA context is broken" in capfd.readouterr().err
+    assert list(tmp_path.glob("*.png"))
+
+
+def test_what_a_kernel_raises_at_the_size_that_is_timed_is_a_failure(monkeypatch):
+    """It was checked with fewer steps."""
+    monkeypatch.setattr(gpu.Runner, "run", lambda *_: 1 / 0)
+    item = Item(TINY, "float32", ("kernel", "plain"))
+    checked = gpu.prepare(item, "cpu", True)
+    assert checked.failures == [f"cpu {item}: ZeroDivisionError: division by zero"]
+    assert gpu.prepare(item._replace(names=("compiled",)), "compiled", False).failures == []
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

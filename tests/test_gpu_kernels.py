@@ -282,7 +282,7 @@ def test_kernels_compile_and_fit_without_a_gpu() -> None:
     """The largest of those that keep the weights on chip, and one whose weights stream; bench.aot compiles them all."""
     done = command("-m", "bench.aot", "--backend", "triton", "--cell", "gru", "--only", "bfloat16:128", "tf32x3:512")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "30 of 30 kernels fit" in done.stdout
+    assert "42 of 42 kernels fit" in done.stdout
     assert "m16n8k16" in done.stdout
 
 
@@ -292,21 +292,22 @@ def test_kernels_compile_where_no_row_is_aligned() -> None:
     sizes = ("bfloat16:100", "tf32x3:201")
     done = command("-m", "bench.aot", "--backend", "triton", "--cell", "gru", "--capability", "90", "--only", *sizes)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 of 10 kernels fit" in done.stdout
+    assert "14 of 14 kernels fit" in done.stdout
     aligned = done.stdout.split("H<=201")[0]
-    assert aligned.count(" 0 bytes spilled") == 5
+    assert aligned.count(" 0 bytes spilled") == 7
 
 
 @pytest.mark.proof
 @pytest.mark.parametrize("version", ["3.5.1", "3.6.0"])
 def test_kernels_compile_with_the_triton_of_older_torch(version: str) -> None:
     """Of torch 2.9 and 2.11: one that streams, as long as it kept to no alignment 3.6 did not compile it, one whose
-    weights stay on chip, and the largest cell. Each version comes from the package index once."""
+    weights stay on chip, and the largest cell, of whose states most losses give one a gradient alone. Each version
+    comes from the package index once."""
     for cell, *sizes in (("gru", "tf32x3:100", "bfloat16:128"), ("lstm", "bfloat16:200")):
         options = ("--capability", "90", "--processes", "1", "--cell", cell, "--only", *sizes)
         done = command("-m", "bench.aot", "--triton", version, *options)
         assert done.returncode == 0, done.stdout + done.stderr
-        kernels = 5 * len(sizes)
+        kernels = 7 * len(sizes)
         assert f"{kernels} of {kernels} kernels fit" in done.stdout
 
 
