@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from sire_fast import backends, functional
 from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, States
-from sire_fast.reference import SwapRNN, squared_distance, with_variants
+from sire_fast.reference import SwapRNN, at_steps, squared_distance, with_variants
 from sire_fast.swaps import Sampler
 from sire_fast.validation import check_swaps, fill_defaults
 
@@ -93,7 +93,7 @@ class Compared(NamedTuple):
 
     def original(self, track: Tensor) -> Tensor:
         """What `output` or `cells` holds where the variants are compared, (B, K, ...)."""
-        return track[self.at, torch.arange(len(self.at), device=self.at.device)[:, None]]
+        return at_steps(track, self.at, torch.arange(len(self.at), device=self.at.device)[:, None])
 
 
 # output (T, B, D), last states, and what is compared
@@ -207,12 +207,12 @@ def spans(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs
     ahead = torch.arange(min(steps, pairs.longest or steps), device=x.device)[:, None, None]
     t = (i + ahead).minimum(ends)  # (S, B, K)
     source = torch.where(t == i, j, torch.where(t == j, i, t))
-    variants, span = x[source, b].flatten(1, 2), (ends - i + 1).flatten()
+    variants, span = at_steps(x, source, b).flatten(1, 2), (ends - i + 1).flatten()
     last = []
     for n in range(len(network.weights)):
         start = tuple(s[n] for s in hx)
         run = _run(network, n, 0, x, lengths, start)
-        before = [track[(i - 1).clamp(min=0), b] for track in _tracks(run)]
+        before = [at_steps(track, (i - 1).clamp(min=0), b) for track in _tracks(run)]
         begin = (torch.where((i > 0)[..., None], s, s0[:, None]) for s, s0 in zip(before, start, strict=True))
         own = _run(network, n, 0, variants, span, tuple(s.flatten(0, 1) for s in begin))
         last.append([run])
@@ -221,7 +221,7 @@ def spans(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pairs
             mask = nn.functional.dropout(torch.ones_like(x), network.dropout)
             x, variants = x * mask, variants * mask[t, b].flatten(1, 2)
     i, j, ends = i[:, :count], j[:, :count], ends[:, :count]
-    base = [track[ends, b] for track in _tracks(run)]
+    base = [at_steps(track, ends, b) for track in _tracks(run)]
     ended = [s.unflatten(0, (batch, -1))[:, :count] for s in (own.h_n, own.c_n) if s is not None]
     # a pair that exchanges nothing is the original
     ended = [torch.where((i < j)[..., None], s, s0) for s, s0 in zip(ended, base, strict=True)]
@@ -238,17 +238,17 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
     states = tuple(s.repeat_interleave(rows, 1) for s in hx)
     lengths = None if lengths is None else lengths.repeat_interleave(rows)
     y, last = plain(network, both, lengths, states, runs_on_kernels(network), rows)
-    y = y.unflatten(1, (batch, rows))  # (T, B, 1 + K, D)
     final = tuple(s.unflatten(1, (batch, rows)) for s in last)
 
-    b, variant = torch.arange(batch, device=x.device)[:, None], torch.arange(1, rows, device=x.device)
+    first = rows * torch.arange(batch, device=x.device)[:, None]  # the original, before its variants
     stops = [ends]
     if network.directions() > 1:
         # the direction that reads backwards arrives at the start, or has just read both positions at i
         stops.append(torch.zeros_like(ends) if pairs.compare == "end" else pairs.swaps[..., 0])
-    tracks = y.chunk(network.directions(), -1)
-    base = torch.cat([track[at, b, 0] for track, at in zip(tracks, stops, strict=True)], -1)  # (B, K, D)
-    variants = torch.cat([track[at, b, variant] for track, at in zip(tracks, stops, strict=True)], -1)
+    base, variants = (
+        torch.cat([at_steps(y, at, b).chunk(len(stops), -1)[n] for n, at in enumerate(stops)], -1)  # (B, K, D)
+        for b in (first, first + torch.arange(1, rows, device=x.device))
+    )
     cells = variant_cells = None
     if len(final) > 1 and pairs.compare == "end":  # torch gives c after the last step only
         ended_cells = torch.cat(final[1][-network.directions() :].unbind(0), -1)  # (B, 1 + K, directions * H)
@@ -256,7 +256,7 @@ def stacked(network: Network, x: Tensor, lengths: Tensor | None, hx: States, pai
     compared = Compared(
         squared_distance(variants, base), base.transpose(0, 1), _numbered(variants), variants, cells, variant_cells
     )
-    return y[:, :, 0].contiguous(), tuple(s[:, :, 0].contiguous() for s in final), compared
+    return y[:, ::rows].contiguous(), tuple(s[:, :, 0].contiguous() for s in final), compared
 
 
 # ---------------------------------------------------------------- one layer
@@ -326,7 +326,7 @@ def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
     if lengths is None:
         return x.flip(0)
     back = (lengths - 1 - torch.arange(len(x), device=x.device)[:, None]).clamp(min=0)
-    return x[back, torch.arange(x.shape[1], device=x.device)]
+    return at_steps(x, back, torch.arange(x.shape[1], device=x.device))
 
 
 def _outputs(runs: list[SwapRNN], lengths: Tensor | None) -> Tensor:
@@ -359,7 +359,8 @@ def _comparison(runs: list[SwapRNN], stops: list[Tensor]) -> Compared:
         return Compared(run.penalty, run.output, ends, run.variants, run.cells, run.variant_cells)
     row = torch.arange(len(stops[0]), device=stops[0].device)[:, None]
     compared = zip(
-        *([track[ends, row] for track in _tracks(run)] for run, ends in zip(runs, stops, strict=True)), strict=True
+        *([at_steps(track, ends, row) for track in _tracks(run)] for run, ends in zip(runs, stops, strict=True)),
+        strict=True,
     )
     base, *cells = (torch.cat(each, -1).transpose(0, 1) for each in compared)
     variants = torch.cat([run.variants for run in runs], -1)

@@ -51,8 +51,6 @@ def swap_rnn(
     """As sire_fast.functional.swap_rnn in arguments, result and errors, without those that choose and steer a kernel
     (recompute, longest, backend); differentiable any number of times."""
     validation.check_arguments(cell, x_proj, w_hh, b_hh, h0, c0, swaps, ends, lengths, w_ih, b_ih)
-    if w_ih is not None:
-        x_proj = torch.nn.functional.linear(x_proj, w_ih, b_ih)
     ends, lengths = validation.fill_defaults(x_proj, swaps, ends, lengths)
     validation.check_positions(x_proj.shape[0], swaps, ends, lengths)
     steps, batch, _ = x_proj.shape
@@ -61,7 +59,10 @@ def swap_rnn(
 
     inside = torch.arange(steps, device=x_proj.device)[:, None] < lengths  # (T, B)
     # masked here and not only behind the loop: what padding holds (NaN, say) must not reach any gradient
-    x = with_variants(torch.where(inside[..., None], x_proj, 0), swaps)  # (T, B, 1 + K, G*H)
+    x = torch.where(inside[..., None], x_proj, 0)
+    if w_ih is not None:
+        x = torch.nn.functional.linear(x, w_ih, b_ih)
+    x = with_variants(x, swaps)  # (T, B, 1 + K, G*H)
 
     start = (h0,) if c0 is None else (h0, c0)
     states = tuple(s[:, None].expand(-1, 1 + n_variants, -1) for s in start)  # (B, 1 + K, H)
@@ -107,4 +108,13 @@ def with_variants(x: Tensor, swaps: Tensor) -> Tensor:
     position = torch.arange(steps, device=x.device).repeat(batch, 1 + swaps.shape[1], 1)
     position[:, 1:].scatter_(2, i[..., None], j[..., None])
     position[:, 1:].scatter_(2, j[..., None], i[..., None])
-    return x[position.permute(2, 0, 1), torch.arange(batch, device=x.device)[:, None]]
+    return at_steps(x, position.permute(2, 0, 1), torch.arange(batch, device=x.device)[:, None])
+
+
+def at_steps(x: Tensor, t: Tensor, b: Tensor) -> Tensor:
+    """x[t, b] of sequences (T, B, ...), with a gradient whose bits repeat: several threads sum that of indexing in any
+    order."""
+    if not (x.requires_grad and x.is_floating_point()):
+        return x[t, b]
+    flat = x.reshape(x.shape[0] * x.shape[1], -1)
+    return torch.nn.functional.embedding(t * x.shape[1] + b, flat).unflatten(-1, x.shape[2:])

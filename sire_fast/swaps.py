@@ -236,7 +236,8 @@ class Blocks(_Drawn):
         """First positions of the blocks and the length, (B, blocks + 1)."""
         inner = _constant(self.boundaries, lengths)
         if inner.is_floating_point():
-            inner = (inner * lengths[:, None]).long()
+            # 0.29 of 100 is 28.999999999999996 in binary
+            inner = (inner * lengths[:, None] * (1 + 1e-12)).long()
         inner = inner.long().expand(len(lengths), -1).minimum(lengths[:, None])
         return torch.cat((torch.zeros_like(lengths)[:, None], inner, lengths[:, None]), 1)
 

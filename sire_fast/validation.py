@@ -39,6 +39,12 @@ def check_arguments(
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
     gates = CELLS[cell].gates
+    tensors = {"x_proj": x_proj, "w_hh": w_hh, "h0": h0, "swaps": swaps}
+    given = {"b_hh": b_hh, "c0": c0, "ends": ends, "lengths": lengths, "w_ih": w_ih, "b_ih": b_ih}
+    tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(tensor).__name__}")
     if x_proj.dim() != 3:
         raise ValueError(f"x_proj: expected (T, B, {'G*H' if w_ih is None else 'I'}), got shape {tuple(x_proj.shape)}")
     if not x_proj.dtype.is_floating_point:
@@ -48,6 +54,10 @@ def check_arguments(
         raise ValueError(f"x_proj: expected at least one step and one sequence, got shape {tuple(x_proj.shape)}")
     if b_ih is not None and w_ih is None:
         raise ValueError("b_ih: expected None without w_ih, got a tensor")
+    if w_ih is not None and (w_ih.dim() != 2 or features == 0):
+        raise ValueError(
+            f"w_ih: expected shape ({gates} * H, I), I at least 1, got {tuple(w_ih.shape)} for I={features}"
+        )
     width = features if w_ih is None else w_ih.shape[0]
     if width == 0 or width % gates:
         name = "x_proj: expected a last" if w_ih is None else "w_ih: expected a first"

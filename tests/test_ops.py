@@ -545,6 +545,13 @@ WRONG = {
     "lengths: expected 1 <= length <= 4, got 0": _wrong(lengths=torch.tensor([4, 0])),
     "lengths: expected 1 <= length <= 4, got 5": _wrong(lengths=torch.tensor([5, 4])),
     "lengths: expected torch.int64, got torch.float32": _wrong(lengths=torch.tensor([float("nan"), 4])),
+    "lengths: expected a tensor, got a list": _wrong(lengths=[4, 4]),
+    "swaps: expected a tensor, got a list": _wrong(swaps=[[[0, 1]], [[0, 1]]]),
+    "h0: expected a tensor, got a NoneType": _wrong(h0=None),
+    "w_ih: expected shape (3 * H, I)": _wrong(w_ih=torch.zeros(()).double()),
+    "w_ih: expected shape (3 * H, I), I at least 1": _wrong(
+        x_proj=torch.zeros(4, 2, 0).double(), w_ih=torch.zeros(9, 0).double()
+    ),
 }
 
 
@@ -581,6 +588,18 @@ def test_a_named_backend_is_used_or_refused() -> None:
             functional.swap_rnn("gru", **arguments)
         assert backends.forced() == "cpu"
     assert functional.swap_rnn("gru", **arguments).output.dtype == torch.float16
+
+
+def test_overlapping_uses_leave_nothing_behind() -> None:
+    """Of two threads, say, that enter before either leaves."""
+    first, second = backends.use("reference"), backends.use("cpu")
+    first.__enter__()
+    second.__enter__()
+    assert backends.forced() == "cpu"
+    first.__exit__(None, None, None)
+    assert backends.forced() == "cpu"
+    second.__exit__(None, None, None)
+    assert backends.forced() is None
 
 
 @pytest.mark.parametrize("backend", KERNELS)

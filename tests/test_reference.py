@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from oracle import assert_padding_does_not_matter
 from torch import Tensor, nn
 
 from sire_fast import reference
@@ -92,3 +93,11 @@ def test_what_padding_holds_reaches_nothing() -> None:
     assert x_proj.grad.isfinite().all()
     assert w_hh.grad.isfinite().all()
     assert (x_proj.grad[2:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_stands_behind_a_sequence_stays_out_of_the_gradients(backend: str, cell: str, value: float) -> None:
+    """That of W_ih, too, which multiplies what is there."""
+    assert_padding_does_not_matter(cell, value, torch.float64, backend)

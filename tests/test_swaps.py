@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from decimal import Decimal
 from itertools import combinations
 
 import numpy as np
@@ -38,7 +39,8 @@ def allowed(sampler: Sampler, length: int) -> set[tuple[int, int]]:
         case Window(width=width):
             return {(i, j) for i, j in every if j - i <= width}
         case Blocks(boundaries=boundaries):
-            edges = [int(b * length) if isinstance(b, float) else b for b in boundaries]
+            # as it is written: 0.29 of 100 is 29
+            edges = [int(Decimal(str(b)) * length) if isinstance(b, float) else b for b in boundaries]
             return {(i, j) for i, j in every if not any(i < edge <= j for edge in edges)}
         case Pairs(pairs=pairs):
             return {(i, j) for i, j in pairs if j < length}
@@ -96,6 +98,14 @@ def test_adjacent_all_is_every_neighbour_once() -> None:
     drawn = Adjacent("all")(torch.tensor([4, 2, 1]), 3)
     assert drawn.tolist() == [[[0, 1], [1, 2], [2, 3]], [[0, 1], [0, 0], [0, 0]], [[0, 0]] * 3]
     assert Adjacent("all")(1, 2).shape == (2, 0, 2)
+
+
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_a_share_of_a_length_is_what_it_is_on_paper(percent: int) -> None:
+    """In binary 0.29 * 100 is below 29: a pair would cross the boundary."""
+    lengths = torch.arange(2, 301)
+    edges = Blocks(1, [float(f"0.{percent:02}")])._edges(lengths)
+    assert edges[:, 1].tolist() == [percent * length // 100 for length in lengths.tolist()]
 
 
 def test_half_range_keeps_the_halves_apart() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +76,8 @@ BACKENDS = (*KERNELS, "reference")
 # those that "auto" takes only where they have computed a small case right, on the very card (sire_fast.proof)
 PROVEN_BY_USE = frozenset({"triton", "cuda"})
 
+_lock = threading.Lock()
+_blocks: dict[object, str] = {}  # of `use`, in the order in which they were entered
 _forced: str | None = None
 
 
@@ -172,19 +175,32 @@ def use(backend: str) -> Iterator[None]:
     """Make every call with backend="auto" use the named backend, layers included, until the block ends; "auto" lets
     them choose again inside another such block.
 
-    What the backend cannot serve, a layer that is not fused among them, is refused with a NotImplementedError.
+    What the backend cannot serve, a layer that is not fused among them, is refused with a NotImplementedError. It
+    counts in all threads, since a GPU's backward runs in one of its own; of blocks that overlap the one entered last.
 
     Raises:
         ValueError: no backend has this name.
     """
-    global _forced
     if backend != "auto":
         _check_name(backend)
-    before, _forced = _forced, None if backend == "auto" else backend
+    key = object()
+    _force(key, backend)
     try:
         yield
     finally:
-        _forced = before
+        _force(key, None)
+
+
+def _force(key: object, backend: str | None) -> None:
+    """Enter a block of `use`, or leave it, whichever others there are."""
+    global _forced
+    with _lock:
+        if backend is None:
+            del _blocks[key]
+        else:
+            _blocks[key] = backend
+        last = next(reversed(_blocks.values()), "auto")
+        _forced = None if last == "auto" else last
 
 
 def _check_name(backend: str) -> None:
