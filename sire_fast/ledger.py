@@ -38,6 +38,7 @@ Weight = float | Tensor | Callable[[], float | Tensor]
 
 _NONE = -1
 _HELD = 4  # the last forwards, which count where nobody holds what any of them returned
+_FEW = 64  # forwards that are looked through at every other one; more are when they have doubled
 
 _NEVER = "run a forward in training mode first"
 WITHOUT_GRADIENT = "the last forward ran under torch.no_grad(), in which no swaps are drawn"
@@ -70,12 +71,16 @@ _DROPPED = (
     "a forward in training mode was dropped, and its penalty with it, before a backward; run forwards that do not "
     "train under torch.no_grad() or in eval()"
 )
+_READ_AGAIN = (
+    "this penalty counts forwards whose penalty was read before, too, since no backward has come through them and "
+    "somebody holds their results: `del` the loss of a batch that is skipped; read the penalty once, after all forwards"
+)
 _NOT_TRAINED = (
     "a forward in training mode had its share of the weight, and no backward came through it before those of the next "
     "step; run forwards that do not train under torch.no_grad() or in eval()"
 )
 _GONE = (
-    "the penalty has joined the gradients of an earlier backward through this forward, which were set to None, and "
+    "the penalty has joined the gradients of an earlier backward through this forward, which were zeroed, and "
     "does not join again: use them, or convert(model) and add weight * sire_fast.penalty(model) to the loss"
 )
 _OTHERS = (
@@ -108,14 +113,14 @@ class Forward:
 
     def __init__(self, weights: list[Tensor], compared: Compared) -> None:
         self.mark = Mark()
-        self.weights, self.versions = weights, [w._version for w in weights]
+        self.weights, self.versions = weights, _versions(weights)
         self.compared: Compared | None = compared
         self.frozen, self.read = not compared.penalty.requires_grad, False
         self.node: Callable[[], Any] = lambda: None
 
     @property
     def over(self) -> bool:
-        if self.mark.differentiated or self.versions != [w._version for w in self.weights]:
+        if self.mark.differentiated or self.versions != _versions(self.weights):
             return True
         return self.mark.in_part and not _kept(self.node())
 
@@ -143,6 +148,8 @@ class Note(Mark):
             for a frozen layer. None until it is known.
         joined: the numbers of the nodes whose gradients it has joined.
         twice: whether it has in a gradient that may be differentiated in turn.
+        spent: whether it is of a later backward through a forward that each runs again; the first has had its share.
+        counted: whether others have had their shares beside it.
     """
 
     def __init__(self, penalty: Tensor, round: Round) -> None:
@@ -150,7 +157,7 @@ class Note(Mark):
         self.count, self.total, self.round = penalty.numel(), penalty.detach().sum(), round
         self.node: Callable[[], Any] | None = None
         self.joined: set[int] = set()
-        self.twice = False
+        self.twice = self.spent = self.counted = False
         self.key = next(_keys)
 
     @property
@@ -159,11 +166,6 @@ class Note(Mark):
             return True
         node = self.node()
         return node is not None and (not self.in_part or _kept(node))
-
-    @property
-    def waits(self) -> bool:
-        """Whether somebody holds what the forward returned, and no backward has come through that."""
-        return not self.differentiated and not self.in_part and self.node is not None and self.node() is not None
 
     def ends_with(self, output: Tensor) -> None:
         """Learn of a backward through what the forward returned, which leaves no trace in it."""
@@ -184,15 +186,31 @@ class Round:
     def __init__(self) -> None:
         self.differentiated = False
         self.notes: list[Note] = []
+        self._swept = _FEW  # notes among which to look next for those that count no more
+        self._counted = _NONE, 0  # in which backward, and what
 
     def add(self, penalty: Tensor) -> Note:
-        self.notes = [*(n for n in self.notes if n.counts), Note(penalty, self)]
+        if len(self.notes) >= self._swept:
+            self.notes = [n for n in self.notes if n.counts]
+            self._swept = 2 * len(self.notes) + _FEW
+        self.notes.append(Note(penalty, self))
         return self.notes[-1]
 
     @property
     def count(self) -> int:
-        """Variants of all forwards that count."""
-        return sum(n.count for n in self.notes if n.counts)
+        """Variants of all forwards that count, in this backward."""
+        backward = torch._C._current_graph_task_id()
+        if backward == _NONE or self._counted[0] != backward:
+            counting = [n for n in self.notes if n.counts]
+            for note in counting:
+                note.counted = True
+            self._counted = backward, sum(n.count for n in counting)
+        return self._counted[1]
+
+    @property
+    def lost(self) -> bool:
+        """Whether a forward had its share of the weight, and no backward came through it."""
+        return self.differentiated and any(n.counted and not n.differentiated for n in self.notes)
 
     def mean(self) -> Tensor | None:
         """Of the penalties, detached; None if there was no forward."""
@@ -203,12 +221,21 @@ class Round:
         return total / max(sum(n.count for n in notes), 1)
 
 
+class Rerun:
+    """A forward without gradients that a backward runs again with them: its round, and the layer's calls in it, then
+    and since."""
+
+    def __init__(self, round: Round) -> None:
+        self.round, self.calls, self.since = round, 0, 0
+
+
 class _State:
     """What a thread has of a ledger, it and those that run replicas for it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.forwards: list[Forward] = []
+        self.swept = 0  # forwards among which to look next for those that count no more
         self.round = Round()
         # of passes that a backward runs again, or that live inside a transform of torch.func: read at once or never
         self.passing: deque[Compared] = deque(maxlen=64)
@@ -264,7 +291,7 @@ class Ledger:
         self.key = next(_keys)
         self._local, self._shared = _Local(), None
         # of the nodes that a backward runs again, perhaps in a thread of its own
-        self._rounds: weakref.WeakKeyDictionary[Any, Round] = weakref.WeakKeyDictionary()
+        self._reruns: weakref.WeakKeyDictionary[Any, Rerun] = weakref.WeakKeyDictionary()
         _ledgers[self.key] = self
         _prepare_compiler()
 
@@ -304,14 +331,15 @@ class Ledger:
             self._evaluated = _NONE
         if self.joins:
             if transformed:
-                output, *last = _GiveTransformed.apply(self, compared.penalty, output, *last)
+                output, *last = _GiveTransformed.apply(self, _Level(), compared.penalty, output, *last)
                 return output, tuple(last)
-            if not rerun and state.round.differentiated and any(n.waits for n in state.round.notes):
+            if not rerun and state.round.lost:
                 warn(_NOT_TRAINED)
             note = self.note(compared.penalty)
             if not torch.is_grad_enabled():
                 again = runs_again()
-                note.node, self._rounds[again] = weakref.ref(again), note.round
+                note.node = weakref.ref(again)
+                self._reruns.setdefault(again, Rerun(note.round)).calls += 1
                 return output, last
             trained = [w for w in weights if w.requires_grad] or [compared.penalty]
             sources = [node for t in trained if t.requires_grad for node in _behind(_node(t))]
@@ -319,6 +347,8 @@ class Ledger:
             note.node = (lambda: None) if output.grad_fn is None else weakref.ref(output.grad_fn)
             return output, tuple(last)
         if rerun or transformed:
+            while state.passing and _left(state.passing[0].penalty):
+                state.passing.popleft()
             state.passing.append(compared)
             if rerun:
                 torch.autograd.Variable._execution_engine.queue_callback(state.clear)
@@ -339,9 +369,12 @@ class Ledger:
             forward.node = weakref.ref(node)
         with state.lock:
             state.passing.clear()
-            self._passed([f.mark for f in state.forwards])
-            state.forwards = [*(f for f in state.forwards if not f.ends_before(forward)), forward]
-            _let_go(state.forwards)
+            if len(state.forwards) >= state.swept or forward.frozen or state.forwards[-1].over:
+                self._passed([f.mark for f in state.forwards])
+                state.forwards = [f for f in state.forwards if not f.ends_before(forward)]
+                state.swept = 2 * len(state.forwards) if len(state.forwards) > _FEW else 0
+            state.forwards.append(forward)
+            _let_go(state.forwards, all_of_them=not state.swept)
         return output, tuple(last)
 
     def note(self, penalty: Tensor) -> Note:
@@ -350,11 +383,15 @@ class Ledger:
         with state.lock:
             if in_backward():
                 again = _function("backward")
-                round = self._rounds.get(again, state.round) if again is not None else state.round
-                for first in round.notes:
+                rerun = self._reruns.get(again) if again is not None else None
+                note = Note(penalty, rerun.round if rerun else state.round)
+                if rerun and torch.is_grad_enabled():
+                    rerun.since += 1
+                    note.spent = rerun.since > rerun.calls
+                for first in note.round.notes:
                     if again is not None and first.node is not None and first.node() is again:
                         first.differentiated = True
-                return Note(penalty, round)
+                return note
             if state.round.differentiated:
                 state.round = Round()
             return state.round.add(penalty)
@@ -457,6 +494,8 @@ class Ledger:
         if held and len(held) < len(forwards):
             forwards = held  # the rest has no part in the loss
             warn(_DROPPED)
+        if any(f.read for f in forwards) and not all(f.read for f in forwards):
+            warn(_READ_AGAIN)
         for forward in forwards:
             compared = forward.found()
             if compared:
@@ -507,15 +546,22 @@ _NOTES = 4096
 _notes: OrderedDict[int, tuple[Note, Ledger]] = OrderedDict()  # the last ones of compiled functions
 
 
-def _let_go(forwards: list[Forward]) -> None:
-    """Hold what the last forwards compare, and forget those of the others that nobody holds."""
-    for forward in forwards[:-_HELD]:
+def _let_go(forwards: list[Forward], all_of_them: bool) -> None:
+    """Hold what the last forwards compare, and forget those of the others, or of the one that is now, that nobody
+    holds."""
+    others = forwards[:-_HELD] if all_of_them else forwards[-_HELD - 1 : -_HELD]
+    for forward in others:
         forward.compared = None
-    gone = [f for f in forwards if f.found() is None]
+    gone = [f for f in others if f.found() is None]
     if gone:
         forwards[:] = [f for f in forwards if f not in gone]
         if not all(f.frozen for f in gone):
             warn(_DROPPED)
+
+
+def _versions(weights: list[Tensor]) -> list[int]:
+    """Of each, which changes with it; those of torch.inference_mode() have none."""
+    return [0 if w.is_inference() else w._version for w in weights]
 
 
 def in_backward() -> bool:
@@ -534,7 +580,7 @@ def _function(method: str) -> Any:
     outermost = None
     while frame is not None:
         if frame.f_code.co_name == method:
-            node = frame.f_locals.get("ctx")
+            node = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
             if isinstance(node, torch.autograd.function.FunctionCtx):
                 outermost = node
         frame = frame.f_back
@@ -636,13 +682,19 @@ def _reached(sources: list[Any]) -> set[int] | None:
         return None
 
 
+def _gone(gradient: Tensor | None) -> bool:
+    return gradient is None or (readable(gradient) and not gradient.any())
+
+
 def _joins_now(note: Note, reached: set[int] | None, sources: list[Any]) -> bool:
     """Whether the penalty joins in this backward, given the nodes that it comes to, of weights and behind them: in each
     torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
+    if note.spent:
+        return False
     joins = reached is None or not reached <= note.joined
     if reached and not joins:
         leaves = [sources[n].variable for n in reached if hasattr(sources[n], "variable")]
-        if leaves and all(leaf.grad is None for leaf in leaves):
+        if leaves and all(_gone(leaf.grad) for leaf in leaves):
             warn(_GONE)
     if joins and note.twice:
         raise RuntimeError(f"weight: {_TWICE}")
@@ -651,22 +703,33 @@ def _joins_now(note: Note, reached: set[int] | None, sources: list[Any]) -> bool
     return joins
 
 
+class _Level:
+    """At which of the transforms of torch.func that run in each other a penalty has joined: an outer one, or a backward
+    around all of them, differentiates what the inner one has made."""
+
+    note: Note | None = None
+
+
 class _GiveTransformed(torch.autograd.Function):
-    """So for transforms of torch.func."""
+    """So for transforms of torch.func, at each of which it is a node."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(ledger: Ledger, penalty: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
+    def forward(ledger: Ledger, level: _Level, penalty: Tensor, *results: Tensor) -> tuple[Tensor, ...]:
         return tuple(t.clone() for t in results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, outputs: tuple[Tensor, ...]) -> None:
-        ctx.ledger, ctx.shape, ctx.note = inputs[0], inputs[1].shape, Note(inputs[1], Round())
+        ctx.ledger, ctx.level, penalty, *_ = inputs
+        ctx.shape, ctx.note = penalty.shape, Note(penalty, Round())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.ledger.share(ctx.note, grads[0]).expand(ctx.shape), *grads
+        if ctx.level.note not in (None, ctx.note):
+            raise RuntimeError(f"weight: {_TWICE}")
+        ctx.level.note = ctx.note
+        return None, None, ctx.ledger.share(ctx.note, grads[0]).expand(ctx.shape), *grads
 
 
 # In a compiled function, which neither keeps nor reads Python's objects when it runs, operators do it.

@@ -54,12 +54,13 @@ def swap_rnn(
     penalty comes in the dtype `result`."""
     dtype, computed = x.dtype, KERNELS[backend].computed_in(x.dtype)
     tensors: tuple[Tensor | None, ...] = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    transformed = torch._C._are_functorch_transforms_active()  # then a tensor does not tell what the one below it wants
+    train = torch.is_grad_enabled() and (transformed or any(t is not None and t.requires_grad for t in tensors))
     if computed != dtype:
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
     rows = span_rows(backend, x.shape[0], swaps, ends, lengths, longest) if train else 0
     arithmetic = name_of(dtype)
-    if torch._C._are_functorch_transforms_active():  # they look into functions of autograd, not into operators
+    if transformed:  # which looks into functions of autograd, not into operators
         call = _SwapRNNTransformed.apply
     elif _unseen(*tensors, swaps):
         call = _SwapRNN.apply if train else _run
@@ -194,6 +195,7 @@ class _SwapRNN(torch.autograd.Function):
     as long as a small pass itself.
 
     The backward reads the output, which belongs to the caller: one that has been changed in place is computed again.
+    Torch tells of that, but not of changes through .data or NumPy: a few of its values are kept to compare.
     """
 
     @staticmethod
@@ -207,7 +209,7 @@ class _SwapRNN(torch.autograd.Function):
         first = _INPUTS.start
         needs = ctx.needs_input_grad[first : first + _DIFFERENTIABLE]
         *inputs, h, cells, gates, spans = ctx.saved_tensors
-        if ctx.watch and ctx.watch.changed:
+        if changed(ctx, h):
             h = _below_autograd(*ctx.settings, *inputs, 0, False)[0]
         grads = grads[:_DIFFERENTIABLE]
         arguments = (*ctx.settings, needs, *grads, *inputs, h, cells, gates, spans)
@@ -241,7 +243,7 @@ def _keep(ctx: Any, arguments: tuple, outputs: tuple[Any, ...]) -> None:
     h, _, _, _, _, cells, _, gates, spans = outputs
     ctx.settings, ctx.watch = arguments[: _INPUTS.start], None
     if validation.has_values(h):
-        ctx.watch = Watch(h)
+        ctx.watch, ctx.sample = Watch(h), None if h.is_cuda else _sample(h).clone()
         h = h.data
     else:  # where a trace or a transform follows every change
         h = h.clone()
@@ -301,10 +303,16 @@ def watch(node: Any, output: Tensor) -> None:
         node.watch = Watch(output)
 
 
-def changed(output: Tensor) -> bool:
-    """Whether the memory of a pass's output was changed in place."""
-    node: Any = output.grad_fn
-    return _watching(node) and node.watch.changed
+def _sample(output: Tensor) -> Tensor:
+    """Up to 512 values of a pass's output, from all over it."""
+    return output.view(-1)[:: max(1, output.numel() // 256)]
+
+
+def changed(node: Any, output: Tensor) -> bool:
+    """Whether the memory of the output of the pass that has this node was changed in place."""
+    if not _watching(node):
+        return False
+    return node.watch.changed or (node.sample is not None and not torch.equal(_sample(output), node.sample))
 
 
 def own_memory(output: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def _pass_penalty(layer: _SwapLayer, run: Compared, through: Callable[[Tensor], 
     """(B, K)"""
     each = run.penalty
     if through is not None and each.numel():
-        if ops.changed(run.output):
+        if ops.changed(run.output.grad_fn, run.output):
             raise RuntimeError("through: the layer's output was changed in place, and cannot be compared any more")
         base, variants = run.original(run.output).unbind(1), run.variants.unbind(1)
         compared = _alike("through", through, [*base, *variants])

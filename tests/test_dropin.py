@@ -696,16 +696,148 @@ def test_a_forward_that_takes_a_share_and_is_not_trained_is_told(layer: sire_fas
                 output.sum().backward()
 
 
-def test_a_second_backward_after_the_gradients_are_gone_is_told(layer: sire_fast.GRU) -> None:
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_second_backward_after_the_gradients_are_gone_is_told(layer: sire_fast.GRU, set_to_none: bool) -> None:
     sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
     loss = layer(X)[0].sum()
     loss.backward(retain_graph=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loss.backward(retain_graph=True)  # they are added up
-    layer.zero_grad()
-    with pytest.warns(UserWarning, match="which were set to None, and does not join again"):
+    layer.zero_grad(set_to_none)
+    with pytest.warns(UserWarning, match="which were zeroed, and does not join again"):
         loss.backward()
+
+
+def test_a_share_of_a_forward_whose_gradient_alone_is_in_the_loss_is_told(layer: sire_fast.GRU) -> None:
+    """As WGAN-GP's third forward: no backward comes through it for the weights."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+
+    def step() -> None:
+        x = X.clone().requires_grad_()
+        with backends.use("reference"):
+            between, _ = layer(x)  # which is held
+            (slope,) = torch.autograd.grad(between.sum(), x, create_graph=True)
+            (layer(X)[0].sum() + slope.square().sum()).backward()
+
+    step()
+    with pytest.warns(UserWarning, match="had its share of the weight, and no backward came through it"):
+        step()
+
+
+@pytest.mark.parametrize("outer", ["transform", "backward"])
+def test_a_weight_does_not_join_what_is_made_of_a_transforms_gradient(layer: sire_fast.GRU, outer: str) -> None:
+    """MAML."""
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (X,))[0].square().sum()
+
+    def adapted(parameters: dict[str, Tensor]) -> Tensor:
+        gradients = torch.func.grad(loss)(parameters)
+        return sum(g.square().sum() for g in gradients.values())
+
+    with backends.use("reference"):
+        for _ in range(2):  # a gradient that nobody differentiates
+            torch.func.grad(loss)(parameters)
+        differentiate = torch.func.grad(adapted) if outer == "transform" else lambda p: adapted(p).backward()
+        with pytest.raises(RuntimeError, match="has joined a gradient"):
+            differentiate(parameters)
+
+
+@pytest.mark.parametrize("name", ["ctx", "self"])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_weight_joins_once_in_what_two_backwards_run_again(layer: sire_fast.GRU, calls: int, name: str) -> None:
+    sire_fast.convert(layer, swaps=Adjacent("all"), weight=0.3)
+
+    def part(x: Tensor) -> Tensor:
+        return sum(layer(n * x)[0] for n in range(1, calls + 1))
+
+    code = f"""
+class Again(torch.autograd.Function):
+    @staticmethod
+    def forward({name}, x, parameter):
+        {name}.save_for_backward(x)
+        with torch.no_grad():
+            return part(x)
+
+    @staticmethod
+    def backward({name}, gradient):
+        x = {name}.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = part(x)
+        output.backward(gradient)
+        return x.grad, None
+"""
+    held: dict[str, Any] = {"torch": torch, "part": part}
+    exec(code, held)
+    results = []
+    for run in (part, lambda x: checkpoint(part, x, use_reentrant=True), lambda x: held["Again"].apply(x, None)):
+        layer.zero_grad()
+        output = run(X.clone().requires_grad_())
+        output[-1].sum().backward(retain_graph=True)
+        output.sum().backward()
+        results.append(_gradients(layer))
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+def test_a_forward_that_was_read_before_is_told_when_it_counts_again(layer: sire_fast.GRU) -> None:
+    """A batch that a loop leaves out, whose loss is still a variable."""
+    loss = layer(X)[0].sum() + sire_fast.penalty(layer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sire_fast.penalty(layer)  # for the log
+    output, _ = layer(Y)
+    with pytest.warns(UserWarning, match="counts forwards whose penalty was read before"):
+        sire_fast.penalty(layer)
+    del loss
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*read before")
+        warnings.filterwarnings("ignore", ".*was dropped")
+        sire_fast.penalty(layer)
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("weight", [None, 0.3])
+def test_the_time_of_many_calls_grows_with_their_number(
+    layer: sire_fast.GRU, weight: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoders that call a layer step by step, rollouts: a look at all of those before would be quadratic."""
+    looks = [0]
+
+    def counted(which: type, name: str) -> property:
+        known = vars(which)[name].fget
+
+        def look(self: Any) -> Any:
+            looks[0] += 1
+            return known(self)
+
+        return property(look)
+
+    monkeypatch.setattr(ledger.Forward, "over", counted(ledger.Forward, "over"))
+    monkeypatch.setattr(ledger.Note, "counts", counted(ledger.Note, "counts"))
+    sire_fast.convert(layer, swaps=PAIRS, weight=weight)
+    total = sum(layer(X)[0].sum() for _ in range(600))
+    (total + (0 if weight else sire_fast.penalty(layer))).backward()
+    assert looks[0] < 600 * 10
+    layer(X)  # and they are over
+    assert len(layer._ledger._state.round.notes if weight else layer._ledger._state.forwards) == 1
+
+
+def test_transforms_whose_penalty_nobody_reads_keep_nothing(layer: sire_fast.GRU) -> None:
+    parameters = dict(layer.named_parameters())
+    for _ in range(5):
+        torch.func.grad(lambda p: torch.func.functional_call(layer, p, (X,))[0].sum())(parameters)
+    assert len(layer._ledger._state.passing) == 1
+
+
+def test_a_frozen_layer_made_in_inference_mode_runs_outside() -> None:
+    with torch.inference_mode():
+        layer = sire_fast.GRU(3, 4, swaps=PAIRS).double().requires_grad_(False)
+    layer(X)
+    assert sire_fast.penalty(layer) > 0
 
 
 @pytest.mark.parametrize("weight", [None, 0.3])
@@ -1554,10 +1686,28 @@ def test_gradients_of_each_sequence_have_swaps_of_their_own() -> None:
     torch.testing.assert_close([found[name].mean(0) for name in parameters], _gradients(layer))
 
 
-def test_ensembles() -> None:
-    """torch's recipe for many models at once: vmap over the weights."""
-    models = [sire_fast.GRU(3, 4).double() for _ in range(3)]
+@pytest.mark.parametrize("weight", [None, 0.3])
+@pytest.mark.parametrize("swaps", [None, Adjacent("all")])
+def test_ensembles(kind: type[nn.RNNBase], swaps: Any, weight: float | None) -> None:
+    """torch's recipe for many models at once: vmap over the weights, which a backward around it differentiates."""
+    if swaps is None and weight:
+        weight = None
+    models = [sire_fast.convert(kind(3, 4).double(), swaps, weight=weight) for _ in range(3)]
     parameters, buffers = torch.func.stack_module_state(models)
     base = copy.deepcopy(models[0]).to("meta")
-    run = torch.func.vmap(lambda p, b, x: torch.func.functional_call(base, (p, b), (x,))[0], (0, 0, None))
-    torch.testing.assert_close(run(parameters, buffers, X), torch.stack([m(X)[0] for m in models]))
+
+    def loss(model: nn.Module, output: Tensor) -> Tensor:
+        return output.square().sum() + (sire_fast.penalty(model) if swaps and not weight else 0)
+
+    def run(p: Any, b: Any) -> tuple[Tensor, Tensor]:
+        output = torch.func.functional_call(base, (p, b), (X,))[0]
+        return loss(base, output), output
+
+    losses, outputs = torch.func.vmap(run)(parameters, buffers)
+    losses.sum().backward()
+    for n, model in enumerate(models):
+        output = model(X)[0]
+        torch.testing.assert_close(outputs[n], output)
+        loss(model, output).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(parameters[name].grad[n], p.grad)

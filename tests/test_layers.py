@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sire_fast
 from sire_fast import backends, passes, proof
-from sire_fast.backends import gpu
+from sire_fast.backends import cpu, gpu
 from sire_fast.swaps import Adjacent, Pairs, Uniform
 
 PAIRS = {"RNN": (sire_fast.RNN, nn.RNN), "GRU": (sire_fast.GRU, nn.GRU), "LSTM": (sire_fast.LSTM, nn.LSTM)}
@@ -682,6 +682,33 @@ def test_exports_as_torchs_layer_does(options: dict[str, Any]) -> None:
     for batch, steps in ((3, 7), (5, 2), (1, 9)):
         x = torch.randn(batch, steps, 4)
         torch.testing.assert_close(exported(x), layer(x))
+
+
+@pytest.mark.parametrize("form", ["time first", "batch first", "unbatched"])
+@pytest.mark.parametrize("change", [None, "in place", "NumPy", "data"])
+@pytest.mark.parametrize("cell", [nn.RNN, nn.GRU, nn.LSTM])
+def test_an_output_is_computed_again_only_where_it_was_changed(
+    cell: type[nn.RNNBase], change: str | None, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, calls, forward = sire_fast.convert(cell(3, 6, batch_first=form == "batch first")), [], cpu.forward
+    monkeypatch.setattr(cpu, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    layer.swaps = None
+    x = torch.randn(7, 3) if form == "unbatched" else torch.randn(7, 4, 3)
+    gradients = []
+    for changed in (None, change):
+        layer.zero_grad()
+        output, _ = layer(x)
+        loss = (output * x.sum(-1, keepdim=True)).sum()
+        if changed == "in place":
+            output.mul_(3)
+        elif changed == "NumPy":
+            output.detach().numpy()[:] *= 3
+        elif changed == "data":
+            output.data.mul_(3)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+    assert len(calls) == (2 if change is None else 3)
 
 
 @pytest.mark.parametrize("through", [False, True])
