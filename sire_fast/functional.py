@@ -77,6 +77,7 @@ def swap_rnn(
     Source: SIRE, from Cohen-Karlik, Ben David and Globerson, "Regularizing Towards Permutation Invariance in
         Recurrent Models", NeurIPS 2020, arXiv 2010.13055.
     """
+    validation.check_tensors(x_proj=x_proj, h0=h0)
     device, given = x_proj.device, h0.dtype
     if torch.is_autocast_enabled(device.type):
         x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih = _autocast(x_proj, w_hh, b_hh, h0, c0, w_ih, b_ih)

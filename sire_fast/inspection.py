@@ -322,6 +322,7 @@ def _check(model: Any, x: Tensor, lengths: Tensor | None, batch_first: bool, ord
         raise ValueError(f"batch_first: expected {model.batch_first}, which the layer has, got {batch_first}")
     batch, steps = x.shape[:2] if batch_first else x.shape[1::-1]
     if lengths is not None:
+        check_lengths(steps, batch, lengths)
         check_lengths(steps, batch, lengths.cpu())
         if lengths.device != x.device:
             raise ValueError(f"lengths: expected on {x.device}, the device of x, got {lengths.device}")

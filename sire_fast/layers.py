@@ -334,10 +334,11 @@ def _refuse_if_forced(reasons: list[str]) -> None:
 def _returned(run: Tensor, output: Tensor, last: States, restore: Callable[..., tuple[Any, Any]]) -> tuple[Any, Any]:
     """Results in the form of the input. They share the memory of those of the pass, `run`, which has to know when a
     program changes them in place."""
+    if torch.compiler.is_compiling():
+        return restore(output, last)
     node = run.grad_fn  # before it is transposed in place
     result = restore(output, last)
-    if not torch.compiler.is_compiling():
-        ops.watch(node, result[0])
+    ops.watch(node, result[0])
     return result
 
 

@@ -72,8 +72,8 @@ _DROPPED = (
     "train under torch.no_grad() or in eval()"
 )
 _READ_AGAIN = (
-    "this penalty counts forwards whose penalty was read before, too, since no backward has come through them and "
-    "somebody holds their results: `del` the loss of a batch that is skipped; read the penalty once, after all forwards"
+    "this penalty counts forwards whose penalty was read before, too, since no backward has come through them: read it "
+    "once, after all forwards of a step, and `del` what is held of a batch that is skipped"
 )
 _NOT_TRAINED = (
     "a forward in training mode had its share of the weight, and no backward came through it before those of the next "

@@ -238,8 +238,8 @@ def _tried(backend: str, cell: str, dtype: torch.dtype, device: torch.device, hi
         nonlocal wrong
         try:
             with _waiting_allowed(device):
-                for case in _TRIED:
-                    wrong += too_large(kernel_errors(backend, cell, dtype, device, case._replace(H=hidden_size)))
+                found = [kernel_errors(backend, cell, dtype, device, case._replace(H=hidden_size)) for case in _TRIED]
+            wrong = [told for each in found for told in too_large(each)]
         except torch.OutOfMemoryError:
             wrong = None
         except Exception as error:  # whatever a compiler or a driver dies of

@@ -221,6 +221,7 @@ class Blocks(_Drawn):
 
     def __post_init__(self) -> None:
         _check_number("k", self.k)
+        _check_list("boundaries", self.boundaries)
         object.__setattr__(self, "boundaries", tuple(_number("boundaries", b) for b in self.boundaries))
         fractions = [b for b in self.boundaries if isinstance(b, float)]
         if fractions and (len(fractions) < len(self.boundaries) or not all(0 < b < 1 for b in fractions)):
@@ -268,8 +269,11 @@ class Pairs(_Drawn):
 
     def __post_init__(self) -> None:
         _check_number("k", self.k)
+        _check_list("pairs", self.pairs)
         if not len(self.pairs):
             raise ValueError("pairs: expected at least one pair, got none")
+        for each in self.pairs:
+            _check_list("pairs", each)
         pairs = [tuple(_number("pairs", position) for position in pair) for pair in self.pairs]
         for pair in pairs:
             if len(pair) != 2 or float in map(type, pair) or not 0 <= pair[0] < pair[1] < _MOST:
@@ -328,6 +332,13 @@ def parse(text: str) -> Sampler | None:
 def _check_number(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _MOST:
         raise ValueError(f"{name}: expected a whole number of at least 1 and below 2**31, got {value!r}")
+
+
+def _check_list(name: str, value: Any) -> None:
+    try:
+        len(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a list, got {value!r}") from None
 
 
 def _number(name: str, value: Any) -> int | float:

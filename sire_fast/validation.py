@@ -39,12 +39,9 @@ def check_arguments(
     if cell not in CELLS:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
     gates = CELLS[cell].gates
-    tensors = {"x_proj": x_proj, "w_hh": w_hh, "h0": h0, "swaps": swaps}
+    check_tensors(x_proj=x_proj, w_hh=w_hh, h0=h0, swaps=swaps)
     given = {"b_hh": b_hh, "c0": c0, "ends": ends, "lengths": lengths, "w_ih": w_ih, "b_ih": b_ih}
-    tensors |= {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got a {type(tensor).__name__}")
+    check_tensors(**{name: tensor for name, tensor in given.items() if tensor is not None})
     if x_proj.dim() != 3:
         raise ValueError(f"x_proj: expected (T, B, {'G*H' if w_ih is None else 'I'}), got shape {tuple(x_proj.shape)}")
     if not x_proj.dtype.is_floating_point:
@@ -90,8 +87,17 @@ def check_arguments(
             raise ValueError(f"{name}: expected on {device}, the device of x_proj, got {tensor.device}")
 
 
+def check_tensors(**tensors: object) -> None:
+    """Raise a ValueError that names the first that is none."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got a {type(tensor).__name__}")
+
+
 def check_lengths(steps: int, batch: int, lengths: Tensor) -> None:
     """Raise a ValueError unless `lengths` can be those of so many sequences; values where they can be read."""
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"lengths: expected ({batch},) int64, got a {type(lengths).__name__}")
     if lengths.shape != (batch,) or lengths.dtype != torch.int64:
         raise ValueError(f"lengths: expected ({batch},) int64, got {tuple(lengths.shape)} {lengths.dtype}")
     if readable(lengths) and (outside := (lengths < 1) | (lengths > steps)).any():

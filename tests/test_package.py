@@ -163,6 +163,7 @@ def test_the_readme_tells_the_ratios_of_the_benchmark(what: str, instruction_set
         ("plain", "torch.nn without SIRE", "AVX-512"),
         ("sire_fast", "sire_fast with SIRE", "AVX-512"),
         ("sire_fast", "sire_fast with SIRE", "AVX2"),
+        ("shared", "plain PyTorch, prefix shared", "AVX-512"),
         ("stacked", "torch.nn on the stacked variants", "AVX-512"),
         ("published", "the authors' procedure, K=1", "AVX-512"),
     ],

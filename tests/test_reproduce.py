@@ -58,6 +58,17 @@ def test_quick_presets(tmp_path, name, capsys):
     assert re.search(rf"{name}, (trainings|rounds) \S+ (\d+)/\2 ", told)  # the bar was told of everything
 
 
+@pytest.mark.parametrize("name", ["figure1", "cost"])
+def test_results_of_another_preset_are_not_replaced(tmp_path, name, capsys):
+    """The default would replace hours by seconds."""
+    path = tmp_path / f"{name}.json"
+    path.write_text('{"preset": "full"}')
+    assert cli.run(["reproduce", name, "--out", str(tmp_path)]) == 2
+    assert path.read_text() == '{"preset": "full"}'
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds results of the preset full; take another --out" in line
+
+
 def test_a_stopped_experiment_goes_on_with_what_lacks(tmp_path):
     paths = [(tmp_path / f"{seed}.json", replace(TINY, seed=seed)) for seed in range(3)]
     trials.run_all(paths[:1], 1, lambda: None)

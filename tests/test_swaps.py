@@ -167,6 +167,8 @@ def test_parse_refuses_in_one_line(text: str) -> None:
         (lambda: Blocks(1, [0.5, 3]), "boundaries: "),
         (lambda: Blocks(1, [3, 2]), "boundaries: "),
         (lambda: Blocks(1, [1.5]), "boundaries: "),
+        (lambda: Blocks(1, 0.5), "boundaries: expected a list"),
+        (lambda: Pairs(1, (0, 1)), "pairs: expected a list"),
         (lambda: Blocks(1, [np.float32(0.5), 3]), "boundaries: "),
         (lambda: Blocks(1, ["0.5"]), "boundaries: expected numbers, got '0.5'"),
         (lambda: Pairs(1, []), "pairs: "),

@@ -36,7 +36,8 @@ class Joined:
     Args:
         weight: of the penalty, as it would be added to the loss of a batch, which the loop may then divide or multiply;
             or an AdaptiveWeight, which follows the loss.
-        swaps, compare: see sire_fast.convert; an AdaptiveSwaps follows the loss, too.
+        swaps: see sire_fast.convert; an AdaptiveSwaps follows the loss, too.
+        compare: see sire_fast.convert.
         probe: sequences, (B, T, ...), or (T, B, ...) without batch_first, on which the order sensitivity is measured;
             None to measure none.
         batch_first: of the probe.

@@ -491,7 +491,7 @@ def demo(
     again = _command("demo", "--force", out=out)
     out = out or Path("runs/demo")
     with _bad_input():
-        claim(*(out / name for name in _METHODS), force=force)
+        claim(*(out / name for name in _METHODS), force=force, resumable=False)
     torch.set_num_threads(1)  # steps as small as these lose more to a second thread than it wins
     results = {}
     try:

@@ -173,8 +173,12 @@ def by_first(action: Callable[[], Result]) -> Result:
     return result
 
 
-def claim(*directories: Path, force: bool = False) -> None:
+def claim(*directories: Path, force: bool = False, resumable: bool = True) -> None:
     """Make directories, and nobody else's runs in them, ready for new runs: nothing is deleted unless all can be.
+
+    Args:
+        force: whether to delete runs that they hold.
+        resumable: whether the caller has a way to go on with one.
 
     Raises:
         ValueError: one is a file, cannot be written to, or holds a run, which `force` would delete.
@@ -186,7 +190,7 @@ def claim(*directories: Path, force: bool = False) -> None:
         if not any((directory / name).exists() for name in FILES):
             continue
         if not force:
-            goes_on = "--resume goes on with it, " if (directory / CHECKPOINT).exists() else ""
+            goes_on = "--resume goes on with it, " if resumable and (directory / CHECKPOINT).exists() else ""
             raise ValueError(f"{directory}: holds a run already; {goes_on}--force replaces it")
         held.append(directory)
     with ExitStack() as locks:

@@ -41,6 +41,7 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
         if value not in known:
             raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {value!r}")
     check_directory(out)
+    _check_preset(out / f"{name}.json", preset)
     if seeds is not None and seeds < 1:
         raise ValueError(f"seeds: expected at least 1, got {seeds}")
     if seeds is not None and name == "cost":
@@ -65,6 +66,16 @@ def plan(name: str, preset: str, seeds: int | None, path: Path | None, out: Path
         results = [out / name / f"{words}-{seed}.json" for seed in range(min(count, case.seeds or count))]
         rows.append(Row(case._replace(trial=trial, choices=tuple(choices)), files, results))
     return rows
+
+
+def _check_preset(path: Path, preset: str) -> None:
+    """Raise a ValueError where a file holds the results of another preset: hours, perhaps, for seconds."""
+    try:
+        found = json.loads(path.read_text())["preset"]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that nobody can use
+        return
+    if found != preset:
+        raise ValueError(f"{path}: holds results of the preset {found}; take another --out, or move it away")
 
 
 def reproduce(
