@@ -537,7 +537,7 @@ def report(result: Mapping[str, Any]) -> str:
         measured = "{median:.3f} [{lower:.3f}, {upper:.3f}]".format(**found) if found else row["why"][:60]
         reached = "yes" if row["reached"] else "NO"
         lines.append(f"{row['backend']:8}{row['what']:38}{row['shape']:60}{row['limit']:7.2f}  {measured}  {reached}")
-    failures = [failure for checked in result["checks"] for failure in checked["failures"]]
+    failures = [*result["faults"], *(failure for checked in result["checks"] for failure in checked["failures"])]
     lines += [f"WRONG {failure}" for failure in failures[:40]]
     for checked in result["checks"]:
         counts = f"{checked['passed']} cases passed, {checked['skipped']} skipped: time or memory"
@@ -553,8 +553,10 @@ def _ended_after(seconds: float, last: Callable[[], object]) -> Iterator[None]:
     hangs."""
 
     def end() -> None:
-        last()
-        os._exit(1)
+        try:
+            last()
+        finally:
+            os._exit(1)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True
@@ -569,6 +571,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
     """Check the kernels `found`, measure, and write the result, which is also returned, and its picture."""
     clock, machine = Clock(TOTAL), benchmark.machine(device) | {"environment": proof.environment(device)}
     result: dict[str, Any] = {"machine": machine, "quick": options.quick, "rates": None, "times": [], "goals": []}
+    result |= {"timing": None, "faults": []}  # what is timed now, and what ended it before its time
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', machine['device'].lower())}.json"
     groups = {key: Checked(*key) for key in itertools.product(found, options.cells, options.dtypes)}
     items = [] if options.only == "check" else plan(device)
@@ -580,11 +583,13 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
     def save() -> None:  # after every item: what comes later may take the process with it
         done = [*groups.values()] if checks else []
         result["checks"] = [asdict(group) for group in done]
-        result["correct"] = all(group.correct for group in done) and any(group.passed for group in done)
+        right = all(group.correct for group in done) and any(group.passed for group in done)
+        result["correct"] = right and not result["faults"]
         write(path, json.dumps(result, indent=2) + "\n")
 
     def end() -> None:
-        clock.say("a kernel hangs: that is the end")
+        result["faults"].append(f"{result['timing'] or 'a check'}: hangs")
+        save()
         print(report(result), flush=True)
 
     with _ended_after(TOTAL + OVERDUE, end):
@@ -601,6 +606,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
                     result["rates"] |= found_there
         for item in items:
             measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
+            result["timing"] = str(item)
             if clock.left > ITEM:
                 measured = time_item(
                     item, found, groups if checks else None, ready, QUICK_ROUNDS if options.quick else ROUNDS
@@ -608,9 +614,10 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
             result["times"].append(as_json(item, measured, result["rates"]))
             result["goals"] += reached(item, found, measured)
             clock.say("\n".join(lines_of(result["times"][-1])))
-            save()
             if broken():
-                clock.say("the CUDA context is broken: nothing more is timed")
+                result["faults"].append(f"{item}: breaks the CUDA context, in which nothing more can be timed")
+            save()
+            if result["faults"]:
                 break
             torch.cuda.empty_cache()
     try:
@@ -641,7 +648,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         why = dict.fromkeys(reason for each in checks for reason in each["not_available"])
         print(f"bench.gpu: no kernel was checked: {'; '.join(why) or 'no time'}", file=sys.stderr)
         return 2
-    return 0 if result["correct"] or options.only == "time" else 1
+    return 0 if result["correct"] or (options.only == "time" and not result["faults"]) else 1
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ _DROPPED = (
 )
 _READ_AGAIN = (
     "this penalty counts forwards whose penalty was read before, too, since no backward has come through them: read it "
-    "once, after all forwards of a step, and `del` what is held of a batch that is skipped"
+    "once, after all forwards of a step (for a log under torch.no_grad()), and `del` what is held of a skipped batch"
 )
 _NOT_TRAINED = (
     "a forward in training mode had its share of the weight, and no backward came through it before those of the next "
@@ -108,6 +108,7 @@ class Forward:
         compared: held here for a while.
         frozen: whether no backward can come through it.
         read: whether its penalty has been.
+        in_loss: whether with gradients, so that it may be in a loss.
         node: weak, of the graph; it holds what is compared, as long as anybody holds what the forward returned.
     """
 
@@ -115,7 +116,7 @@ class Forward:
         self.mark = Mark()
         self.weights, self.versions = weights, _versions(weights)
         self.compared: Compared | None = compared
-        self.frozen, self.read = not compared.penalty.requires_grad, False
+        self.frozen, self.read, self.in_loss = not compared.penalty.requires_grad, False, False
         self.node: Callable[[], Any] = lambda: None
 
     @property
@@ -222,11 +223,11 @@ class Round:
 
 
 class Rerun:
-    """A forward without gradients that a backward runs again with them: its round, and the layer's calls in it, then
-    and since."""
+    """A forward without gradients that a backward runs again with them, perhaps in other parts: its round, and the
+    layer's variants in it, then and since."""
 
     def __init__(self, round: Round) -> None:
-        self.round, self.calls, self.since = round, 0, 0
+        self.round, self.variants, self.since = round, 0, 0
 
 
 class _State:
@@ -339,7 +340,7 @@ class Ledger:
             if not torch.is_grad_enabled():
                 again = runs_again()
                 note.node = weakref.ref(again)
-                self._reruns.setdefault(again, Rerun(note.round)).calls += 1
+                self._reruns.setdefault(again, Rerun(note.round)).variants += note.count
                 return output, last
             trained = [w for w in weights if w.requires_grad] or [compared.penalty]
             sources = [node for t in trained if t.requires_grad for node in _behind(_node(t))]
@@ -369,12 +370,13 @@ class Ledger:
             forward.node = weakref.ref(node)
         with state.lock:
             state.passing.clear()
-            if len(state.forwards) >= state.swept or forward.frozen or state.forwards[-1].over:
+            look = len(state.forwards) >= state.swept or forward.frozen or state.forwards[-1].over
+            if look:
                 self._passed([f.mark for f in state.forwards])
                 state.forwards = [f for f in state.forwards if not f.ends_before(forward)]
                 state.swept = 2 * len(state.forwards) if len(state.forwards) > _FEW else 0
             state.forwards.append(forward)
-            _let_go(state.forwards, all_of_them=not state.swept)
+            _let_go(state.forwards, all_of_them=look)
         return output, tuple(last)
 
     def note(self, penalty: Tensor) -> Note:
@@ -386,8 +388,8 @@ class Ledger:
                 rerun = self._reruns.get(again) if again is not None else None
                 note = Note(penalty, rerun.round if rerun else state.round)
                 if rerun and torch.is_grad_enabled():
-                    rerun.since += 1
-                    note.spent = rerun.since > rerun.calls
+                    rerun.since += note.count
+                    note.spent = rerun.since > rerun.variants
                 for first in note.round.notes:
                     if again is not None and first.node is not None and first.node() is again:
                         first.differentiated = True
@@ -494,12 +496,12 @@ class Ledger:
         if held and len(held) < len(forwards):
             forwards = held  # the rest has no part in the loss
             warn(_DROPPED)
-        if any(f.read for f in forwards) and not all(f.read for f in forwards):
+        if any(f.in_loss for f in forwards) and not all(f.in_loss for f in forwards):
             warn(_READ_AGAIN)
         for forward in forwards:
             compared = forward.found()
             if compared:
-                forward.read = True
+                forward.read, forward.in_loss = True, forward.in_loss or torch.is_grad_enabled()
                 each.append((compared, forward.mark))
         return each
 
@@ -554,7 +556,8 @@ def _let_go(forwards: list[Forward], all_of_them: bool) -> None:
         forward.compared = None
     gone = [f for f in others if f.found() is None]
     if gone:
-        forwards[:] = [f for f in forwards if f not in gone]
+        lost = {*map(id, gone)}
+        forwards[:] = [f for f in forwards if id(f) not in lost]
         if not all(f.frozen for f in gone):
             warn(_DROPPED)
 
@@ -689,9 +692,7 @@ def _gone(gradient: Tensor | None) -> bool:
 def _joins_now(note: Note, reached: set[int] | None, sources: list[Any]) -> bool:
     """Whether the penalty joins in this backward, given the nodes that it comes to, of weights and behind them: in each
     torch.autograd.grad that asks for weights, and for each weight in the first .backward() that reaches it."""
-    if note.spent:
-        return False
-    joins = reached is None or not reached <= note.joined
+    joins = not note.spent and (reached is None or not reached <= note.joined)
     if reached and not joins:
         leaves = [sources[n].variable for n in reached if hasattr(sources[n], "variable")]
         if leaves and all(_gone(leaf.grad) for leaf in leaves):

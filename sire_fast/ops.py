@@ -312,7 +312,11 @@ def changed(node: Any, output: Tensor) -> bool:
     """Whether the memory of the output of the pass that has this node was changed in place."""
     if not _watching(node):
         return False
-    return node.watch.changed or (node.sample is not None and not torch.equal(_sample(output), node.sample))
+    if node.watch.changed or output.untyped_storage().nbytes() < output.nbytes:
+        return True
+    if node.sample is None or torch.equal(_sample(output), node.sample):
+        return False
+    return not torch.allclose(_sample(output), node.sample, 0, 0, equal_nan=True)
 
 
 def own_memory(output: Tensor) -> Tensor:

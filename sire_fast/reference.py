@@ -3,6 +3,7 @@ against. It runs the original and all variants as one stacked batch, whole seque
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -116,5 +117,6 @@ def at_steps(x: Tensor, t: Tensor, b: Tensor) -> Tensor:
     order."""
     if not (x.requires_grad and x.is_floating_point()):
         return x[t, b]
-    flat = x.reshape(x.shape[0] * x.shape[1], -1)
-    return torch.nn.functional.embedding(t * x.shape[1] + b, flat).unflatten(-1, x.shape[2:])
+    row = t * x.shape[1] + b
+    flat = x.reshape(x.shape[0] * x.shape[1], math.prod(x.shape[2:]))
+    return torch.nn.functional.embedding(row, flat).reshape(*row.shape, *x.shape[2:])

@@ -353,6 +353,54 @@ def test_swap_penalty_of_any_function(batch_first: bool, dropout: float) -> None
     assert same.item() < 1e-25
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 2, 2), (5, 0, 4), (5, 3, 0)], ids=str)
+def test_swap_penalty_of_inputs_of_any_form_that_want_a_gradient(shape: tuple[int, ...]) -> None:
+    """They come from an embedding, say, or another network."""
+    pairs = torch.tensor([[0, 2], [1, 4]]).expand(shape[1], 2, 2)
+    weight = torch.arange(1.0, 6).reshape(5, *[1] * (len(shape) - 1)).double()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    def total(x: Tensor) -> Tensor:
+        return (weight * x).sum(0)
+
+    penalty = sire_fast.swap_penalty(total, x, pairs)
+    orders = [2, 1, 0, 3, 4], [0, 4, 2, 3, 1]
+    expected = sum((total(x[order]) - total(x)).square().sum() for order in orders) / max(2 * shape[1], 1)
+    torch.testing.assert_close(penalty, expected)
+    torch.testing.assert_close(torch.autograd.grad(penalty, x), torch.autograd.grad(expected, x))
+
+
+@pytest.mark.parametrize("steps", [7, 70])
+def test_an_output_whose_memory_was_freed_or_is_not_a_number(steps: int) -> None:
+    layer, x = sire_fast.GRU(3, 8, swaps=Adjacent(2), compare="end"), torch.randn(steps, 4, 3)
+    gradients = []
+    for freed in (False, True):
+        layer.zero_grad()
+        torch.manual_seed(0)
+        output, _ = layer(x)
+        loss = output.sum() + sire_fast.penalty(layer)
+        if freed:
+            output.untyped_storage().resize_(0)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+    torch.testing.assert_close(*gradients)
+    layer(torch.where(x == x[0, 0, 0], float("nan"), x))
+    assert sire_fast.penalty(layer, through=lambda h: 2 * h).isnan()  # and nobody is told of changes
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_backend_is_named_inside_a_compiled_function(fullgraph: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = sire_fast.GRU(3, 4), torch.randn(5, 2, 3)
+
+    def run(x: Tensor) -> Tensor:
+        with backends.use("reference"):
+            return layer(x)[0]
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=fullgraph, backend="eager")(x), layer(x)[0])
+    assert backends.forced() is None
+
+
 def test_swap_penalty_refuses() -> None:
     x = torch.randn(5, 3, 4)
     with pytest.raises(ValueError, match="swaps: expected positions inside"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from decimal import Decimal
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
@@ -39,8 +39,10 @@ def allowed(sampler: Sampler, length: int) -> set[tuple[int, int]]:
         case Window(width=width):
             return {(i, j) for i, j in every if j - i <= width}
         case Blocks(boundaries=boundaries):
-            # as it is written: 0.29 of 100 is 29
-            edges = [int(Decimal(str(b)) * length) if isinstance(b, float) else b for b in boundaries]
+            # as they are meant: 0.29 of 100 is 29, and a third of 3 is 1
+            edges = [
+                int(Fraction(b).limit_denominator(10**6) * length) if isinstance(b, float) else b for b in boundaries
+            ]
             return {(i, j) for i, j in every if not any(i < edge <= j for edge in edges)}
         case Pairs(pairs=pairs):
             return {(i, j) for i, j in pairs if j < length}

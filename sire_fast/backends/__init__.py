@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,9 +75,7 @@ BACKENDS = (*KERNELS, "reference")
 # those that "auto" takes only where they have computed a small case right, on the very card (sire_fast.proof)
 PROVEN_BY_USE = frozenset({"triton", "cuda"})
 
-_lock = threading.Lock()
-_blocks: dict[object, str] = {}  # of `use`, in the order in which they were entered
-_forced: str | None = None
+_used: tuple[tuple[str], ...] = ()  # the blocks of `use`, in the order in which they were entered
 
 
 def why_not(backend: str, *, cell: str, dtype: torch.dtype, device: torch.device | str, hidden_size: int) -> list[str]:
@@ -115,9 +112,9 @@ def choose(backend: str, **call: Any) -> str:
         ValueError: no backend has this name.
         NotImplementedError: the named or forced backend cannot serve the call; the message lists its reasons.
     """
-    if backend == "auto" and not _forced:
+    named = forced() or backend if backend == "auto" else backend
+    if named == "auto":
         return _first(**call)[0]
-    named = _forced if _forced and backend == "auto" else backend
     reasons = why_not(named, **call)
     if reasons:
         raise NotImplementedError("; ".join(reasons))
@@ -127,7 +124,7 @@ def choose(backend: str, **call: Any) -> str:
 def why_no_kernel(**call: Any) -> list[str]:
     """The reasons why "auto" finds no kernel for such a call (see `why_not`), none if it does or if a backend is
     forced."""
-    if _forced:
+    if forced():
         return []
     name, reasons = _first(**call)
     return reasons if name == "reference" else []
@@ -167,7 +164,7 @@ def _by_speed_on_a_gpu(*, device: torch.device, **numbers: Any) -> list[str]:
 
 def forced() -> str | None:
     """The backend that `use` has named, if any."""
-    return _forced
+    return _used[-1][0] if _used and _used[-1][0] != "auto" else None
 
 
 @contextmanager
@@ -183,24 +180,13 @@ def use(backend: str) -> Iterator[None]:
     """
     if backend != "auto":
         _check_name(backend)
-    key = object()
-    _force(key, backend)
+    global _used
+    block = (backend,)  # an object of its own
+    _used = (*_used, block)
     try:
         yield
     finally:
-        _force(key, None)
-
-
-def _force(key: object, backend: str | None) -> None:
-    """Enter a block of `use`, or leave it, whichever others there are."""
-    global _forced
-    with _lock:
-        if backend is None:
-            del _blocks[key]
-        else:
-            _blocks[key] = backend
-        last = next(reversed(_blocks.values()), "auto")
-        _forced = None if last == "auto" else last
+        _used = tuple(each for each in _used if each is not block)
 
 
 def _check_name(backend: str) -> None:
