@@ -571,7 +571,8 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
     """Check the kernels `found`, measure, and write the result, which is also returned, and its picture."""
     clock, machine = Clock(TOTAL), benchmark.machine(device) | {"environment": proof.environment(device)}
     result: dict[str, Any] = {"machine": machine, "quick": options.quick, "rates": None, "times": [], "goals": []}
-    result |= {"timing": None, "faults": []}  # what is timed now, and what ended it before its time
+    result["faults"] = []  # what ended it before its time
+    timed: Item | None = None
     path = out / f"{re.sub(r'[^a-z0-9]+', '-', machine['device'].lower())}.json"
     groups = {key: Checked(*key) for key in itertools.product(found, options.cells, options.dtypes)}
     items = [] if options.only == "check" else plan(device)
@@ -588,7 +589,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
         write(path, json.dumps(result, indent=2) + "\n")
 
     def end() -> None:
-        result["faults"].append(f"{result['timing'] or 'a check'}: hangs")
+        result["faults"].append(f"{timed or 'a check'}: hangs")
         save()
         print(report(result), flush=True)
 
@@ -606,7 +607,7 @@ def run(device: str, found: Sequence[str], options: argparse.Namespace, out: Pat
                     result["rates"] |= found_there
         for item in items:
             measured: Measured = dict.fromkeys(item.contestants(found), "skipped: time")
-            result["timing"] = str(item)
+            timed = item
             if clock.left > ITEM:
                 measured = time_item(
                     item, found, groups if checks else None, ready, QUICK_ROUNDS if options.quick else ROUNDS
