@@ -36,6 +36,7 @@ from sire_fast.backends.cuda import Chip
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
+from sire_fast.lab.workers import end_with_parent
 from sire_fast.proof import TRAINING, first_line
 from sire_fast.reference import SwapRNN
 
@@ -201,7 +202,7 @@ def done_all(work: Callable[[Job], Any], todo: Sequence[Job], processes: int | N
     """What comes of each job, or, as text, of what it dies. In processes of their own for each capability: within one,
     Triton keeps to the first that it compiles for."""
     for _, alike in itertools.groupby(todo, lambda job: job.capability):
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
             yield from pool.map(partial(_done_or_not, work), alike)
 
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sire_fast.lab.workers import end_with_parent
+
 
 def workers() -> int:
     """Processes that processor and GPU have room for: each takes half a GB at once, and as much again later."""
@@ -101,6 +103,7 @@ def answers(
 
 def _serve(pipe: Connection) -> None:
     """Answer one task behind the other, until one has broken the CUDA context."""
+    end_with_parent()
     torch.set_num_threads(1)
     with suppress(EOFError, BrokenPipeError, KeyboardInterrupt):  # of a parent that has ended
         goes_on = True

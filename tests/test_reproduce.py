@@ -13,8 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -287,48 +285,36 @@ def test_a_trial_that_diverges_is_measured_before(monkeypatch, factor):
     assert "diverged" in report.markdown("name", [], report.tables(found))
 
 
-@contextmanager
-def experiment(
-    directory: Path, until: Callable[[list[str]], object]
-) -> Iterator[tuple[subprocess.Popen[str], list[Path]]]:
-    """One in a process of its own, once something is so of its children, and their command lines."""
+@on_linux
+@pytest.mark.proof
+def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "sire_fast", "reproduce", "figure1", "--preset", "full", "--out", "out"],
-        cwd=directory,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(sire_fast.__file__).parents[1])},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     try:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         deadline = time.monotonic() + 600
-        while not until(children.read_text().split()) and process.poll() is None and time.monotonic() < deadline:
+        while not [*tmp_path.rglob("*.json")] and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        yield process, [Path("/proc", pid, "cmdline") for pid in children.read_text().split()]
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()
-
-
-def assert_gone(processes: list[Path]) -> None:
-    deadline = time.monotonic() + 10
-    while alive := [path for path in processes if path.exists() and path.read_bytes()]:  # what has ended has no command
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.1)
-
-
-@on_linux
-@pytest.mark.proof
-def test_ctrl_c_ends_all_processes_and_keeps_what_is_done(tmp_path):
-    with experiment(tmp_path, lambda _: [*tmp_path.rglob("*.json")]) as (process, workers):
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
     assert (process.returncode, err.count("\n")) == (130, 1)
     assert "the same command goes on: sire-fast reproduce figure1 --preset full" in err
     assert [json.loads(path.read_text())["trial"]["problem"] for path in tmp_path.rglob("*.json")]
     assert not [*tmp_path.rglob("*.tmp")]
-    assert_gone(workers)
+    deadline = time.monotonic() + 10
+    commands = [Path("/proc", child, "cmdline") for child in children]
+    while alive := [path for path in commands if path.exists() and path.read_bytes()]:  # what has ended has no command
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.1)
 
 
 # Without --out it would begin anew in another folder.
@@ -342,16 +328,6 @@ def test_what_goes_on_after_ctrl_c_has_all_that_was_given(monkeypatch, capsys, o
     assert cli.run(["reproduce", "table1", *options]) == 130
     _, _, told = capsys.readouterr().err.strip().partition("goes on: ")
     assert shlex.split(told) == ["sire-fast", "reproduce", "table1", "--preset", "quick", *options]
-
-
-@on_linux
-@pytest.mark.skipif(os.cpu_count() == 1, reason="one core has no workers")
-def test_no_worker_outlives_its_parent(tmp_path):
-    """One worker, beside the process that keeps count of what they share."""
-    with experiment(tmp_path, lambda children: len(children) > 1) as (process, workers):
-        assert len(workers) > 1
-        process.kill()
-    assert_gone(workers)
 
 
 def test_equal_time_goes_on_behind_equal_steps():

@@ -39,6 +39,7 @@ import sire_fast
 from sire_fast import swaps
 from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, Cell, States
+from sire_fast.lab.workers import end_with_parent
 from sire_fast.layers import COMPARES
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Sampler
@@ -572,7 +573,7 @@ def ratio(seconds: Mapping[str, list[float]], name: str, *against: str) -> Quart
 def peak_memory(setting: Setting, name: str) -> int | None:
     """By how many bytes the memory of a fresh process grows, at its peak, in one step of a contestant: resident memory
     on the CPU, torch's on a GPU. None where the system does not tell (it is Linux that does)."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as process:
         return process.submit(_peak_growth, setting, name, torch.get_num_threads()).result()
 
 

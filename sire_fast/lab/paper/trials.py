@@ -10,9 +10,7 @@ import copy
 import json
 import math
 import multiprocessing
-import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +27,7 @@ from sire_fast.lab.paper import data
 from sire_fast.lab.paper.problems import Classes, LocalImages, Sequences
 from sire_fast.lab.tasks import TASKS
 from sire_fast.lab.train import CLIP, too_short_to_swap
+from sire_fast.lab.workers import end_with_parent
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
 
@@ -369,15 +368,8 @@ def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callab
 
 def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
-
-
-def _end_with_parent() -> None:
-    """However that ends: nobody else would stop a training."""
-    if parent := multiprocessing.parent_process():
-        parent.join()
-    os._exit(1)
 
 
 class Another(ValueError):
