@@ -45,7 +45,8 @@ proof: .venv/proof
 	touch $@
 
 test-torch: .venv-$(TORCH)/ready
-	$(PYTEST) -m "not proof" tests/test_cells.py tests/test_dropin.py tests/test_layers.py tests/test_reference.py
+	$(PYTEST) -m "not proof" tests/test_cells.py tests/test_dropin.py tests/test_layers.py tests/test_ledger.py \
+		tests/test_reference.py
 
 bench: .venv/bench
 	$(BIN)/python -m bench.suite

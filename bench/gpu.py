@@ -15,305 +15,38 @@ import argparse
 import itertools
 import json
 import os
-import random
 import re
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases, first_line
+from bench.gpu_check import CASES, DTYPES, Case, Checked, arithmetic_of, check_cases
+from bench.gpu_plan import Item, kernels, plan
+from bench.gpu_time import ITEM, ROUNDS, Measured, Runner, barriers, measure, rates, work
 from bench.processes import Lost, answers, broken, workers
 from sire_fast import backends, passes, proof, swaps
-from sire_fast.backends import cuda, gpu
 from sire_fast.cells import CELLS
 from sire_fast.lab import benchmark
-from sire_fast.lab.benchmark import Setting, Step, quartiles, ratio
+from sire_fast.lab.benchmark import quartiles, ratio
 from sire_fast.lab.files import write
-from sire_fast.proof import TRAINING
+from sire_fast.proof import TRAINING, first_line
 
 ROOT = Path(__file__).parents[1]
 TOTAL, PREPARED = 450.0, 220.0  # seconds, of all, and until what is to be timed is compiled and checked
 TASK = 150.0  # seconds for a case, or to prepare an item
 FIRST, TELLING = 8, 8  # items that are prepared before any case is checked, and cases before the other items
-ITEM = 8.0  # seconds of one setting, after its warm-up
 QUICK_CASES = 6
 SAVED_EVERY, OVERDUE = 20.0, 30.0  # seconds between writes of what is checked, and behind TOTAL until a hang is over
-ROUNDS, QUICK_ROUNDS, FEWEST = 11, 2, 3  # of a contestant; FEWEST however slow it is
-INPUTS = 3  # sets that take turns, so that the cache does not hold the input of the next step
-BARRIERS = 10_000  # behind each other, to time one
-ALONE = 30.0  # seconds for all kinds of them, in a process of their own
-AT_LEAST = 0.01  # seconds between two events: the clock of a GPU is coarse
-
-
-def kernels() -> list[str]:
-    """The backends that run on a GPU alone."""
-    return [name for name in backends.KERNELS if name != "cpu"]
-
-
-class Goal(NamedTuple):
-    """At most `limit`: of the time, or the peak memory, of `against`; or microseconds of a forward step."""
-
-    limit: float
-    against: str | None = None
-    of: str = "step"
-    ours: str = "kernel"
-
-    def __str__(self) -> str:
-        return f"{self.ours}, {self.of}, against {self.against}" if self.against else f"{self.ours}, us of a step"
-
-
-class Item(NamedTuple):
-    """A setting and who runs it: "kernel" and "kernel plain" stand for all kernels, with and without SIRE."""
-
-    setting: Setting
-    arithmetic: str
-    names: tuple[str, ...]
-    goals: tuple[Goal, ...] = ()
-    sweep: str | None = None  # the axis on whose panel it is drawn
-
-    def __str__(self) -> str:
-        s = self.setting
-        return f"{s.cell} T={s.T} B={s.B} I={s.I} H={s.H} {s.swaps} {s.compare} {self.arithmetic}"
-
-    def contestants(self, found: Sequence[str]) -> list[str]:
-        """Their names, with those of the kernels in place of "kernel"."""
-        return [n.replace("kernel", k) for n in self.names for k in (found if n.startswith("kernel") else ("",))]
-
-
-SIRE = ("kernel", "kernel plain", "plain", "stacked", "shared")
-PLAIN = ("kernel plain", "plain")
-TORCHRL = ("torchrl", "torchrl stacked")  # where it is installed; compiles a dozen candidates for each T and H first
-
-
-def plan(device: str) -> list[Item]:
-    """What is timed, the most important first."""
-    items = []
-
-    def add(sizes: tuple[Any, ...], arithmetics: str, names: tuple[str, ...] = SIRE, *goals: Goal, **more: Any) -> None:
-        pairs, compare = more.get("variants", ("uniform:8", "end"))
-        for arithmetic in arithmetics.split():
-            dtype = gpu.name_of(DTYPES[arithmetic])
-            if dtype in benchmark.DTYPES:  # no others are settings
-                setting = Setting(*sizes, pairs, compare, dtype, device)
-                there = tuple(n for n in names if n not in TORCHRL or n in benchmark.contestants(setting))
-                items.append(Item(setting, arithmetic, there, goals, more.get("sweep")))
-
-    microsecond = Goal(1.0, of="forward")
-    goals = (Goal(1.0, "plain"), Goal(1 / 4, "stacked"), Goal(1 / 100, "reference"), microsecond)
-    add(("GRU", 1000, 64, 128, 128), "bfloat16 float32 tf32", (*SIRE, "reference", *TORCHRL), *goals)
-    memory = (Goal(0.6, "stacked", "peak"),)
-    add(("GRU", 100, 64, 128, 128), "float32 bfloat16", SIRE, *memory, variants=("uniform:4", "end"))
-    add(("GRU", 200, 234, 128, 128), "bfloat16 float32", ("kernel", "plain", "stacked"), microsecond)
-
-    # a layer and its penalty at the authors' size
-    over_plain = (Goal(0.5, "plain", ours="kernel plain"),)
-    for cell in ("GRU", "LSTM"):
-        sizes = (cell, 100, 64, 256, 256)
-        small = (*over_plain, Goal(1.05, "kernel plain"), Goal(1.0, "plain"))
-        add(sizes, "float32 bfloat16", SIRE, *small, variants=("adjacent:8", "swap"))
-        add(sizes, "float32", (*SIRE, "published"), *over_plain, variants=("adjacent:1", "swap"))
-        add(sizes, "float32", SIRE, *over_plain, variants=("adjacent:all", "swap"))
-    for cell in ("LSTM", "RNN"):
-        add((cell, 1000, 64, 128, 128), "bfloat16", (*SIRE, *TORCHRL), *goals[:2], microsecond)
-
-    # large states, small states, and sizes at which cuDNN's choice of an algorithm is poor; no penalty
-    as_fast = Goal(1.0, "plain", ours="kernel plain")
-    add(("LSTM", 1024, 16, 768, 768), "bfloat16 float32", PLAIN, as_fast)
-    add(("LSTM", 1024, 16, 768, 768), "float16", PLAIN, as_fast._replace(limit=1.3))
-    for hidden in (256, 512, 768):
-        add(("GRU", 1024, 16, hidden, hidden), "bfloat16 float32", PLAIN, as_fast)
-    for hidden in (32, 64, 128):
-        for batch in (16, 16 * 768 // hidden):
-            add(("LSTM", 1024, batch, hidden, hidden), "bfloat16", PLAIN, microsecond._replace(ours="kernel plain"))
-    for cell in ("LSTM", "GRU"):
-        for sizes, limit in (
-            ((2721, 6, 128, 72), 1.0),
-            ((3854, 16, 112, 128), 1.0),
-            ((2058, 62, 16, 168), 1 / 5),
-            ((1125, 44, 40, 160), 1 / 5),
-        ):
-            add((cell, *sizes), "float32", PLAIN, as_fast._replace(limit=limit))
-
-    swept = ("kernel", "kernel plain", "plain", "stacked")
-    for batch in (4, 16, 64, 256):
-        add(("GRU", 256, batch, 128, 128), "bfloat16", swept, sweep="B")
-    for hidden in (32, 64, 128, 256, 512):
-        add(("GRU", 256, 64, hidden, hidden), "bfloat16", swept, sweep="H")
-    for steps in (64, 256, 1024):
-        add(("GRU", steps, 64, 128, 128), "bfloat16", swept, sweep="T")
-    # last: nobody knows how long a loop of 20 steps takes to compile
-    add(("GRU", 20, 64, 64, 64), "float32", (*SIRE, "reference", "compiled"), variants=("uniform:4", "end"))
-    return items
-
-
-class Work(NamedTuple):
-    """The fewest operations and bytes of a forward, and of forward and backward."""
-
-    forward_flops: int
-    forward_bytes: int
-    step_flops: int
-    step_bytes: int
-
-    def floor(self, flops: float, bandwidth: float, latency: float) -> dict[str, float]:
-        """Seconds below which no device of such rates gets, where the threads of a sequence meet once in a step."""
-        return {
-            "forward": max(self.forward_flops / flops, self.forward_bytes / bandwidth, latency),
-            "step": max(self.step_flops / flops, self.step_bytes / bandwidth, 2 * latency),
-        }
-
-
-def work(setting: Setting, swapped: bool) -> Work:
-    """Of the layer with its variants, or without. A variant runs over its span only and its first step needs no
-    product; the backward reads the states of every step and could compute the gates again."""
-    T, B, I, H = setting.T, setting.B, setting.I, setting.H  # noqa: E741
-    cell, size = CELLS[setting.key], getattr(torch, setting.dtype).itemsize
-    rows, pairs = T * B, None
-    if swapped:
-        pairs = swaps.parse(setting.swaps)(T, B, torch.Generator().manual_seed(0))
-        i, j = pairs.unbind(-1)
-        rows += int(((j if setting.compare == "swap" else T - 1) - i + 1)[i < j].sum())
-    x, output, states = T * B * I, T * B * H, rows * H * cell.states
-    weights = cell.gates * H * (I + H + 2)
-    flops = setting.operations(pairs)
-    forward = x + weights + states  # what is read, and what is written
-    backward = x + weights + states + output + x + weights  # the last two are dx and those of the weights
-    return Work(flops, size * forward, 3 * flops, size * (forward + backward))
-
-
-def seconds_of(run: Callable[[], object], repeat: int, device: str) -> float:
-    """Of one run out of several in a row."""
-    if torch.device(device).type == "cpu":
-        began = time.perf_counter()
-        for _ in range(repeat):
-            run()
-        return (time.perf_counter() - began) / repeat
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeat):
-        run()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / repeat
-
-
-def rates(device: str, side: int = 8192) -> dict[str, float]:
-    """What the device reaches: bytes per second of a copy, read and written, and operations per second of a product of
-    square matrices in every arithmetic."""
-    a = torch.randn(2 * side, 2 * side, device=device)
-    b = torch.empty_like(a)
-    found = {"bandwidth": 2 * a.nbytes / _median(lambda: b.copy_(a), device)}
-    for name, dtype in DTYPES.items():
-        square = torch.randn(side, side, device=device).to(dtype)
-        with arithmetic_of(name):
-            found[name] = 2 * side**3 / _median(lambda square=square: square @ square, device)
-    return found
-
-
-def barriers(device: str) -> dict[str, float]:
-    """If the extension is there, seconds of a barrier of a block, "barrier", of clusters of blocks, "barrier of 2" and
-    so on, and of groups that meet in memory, "barrier of 2 in memory"."""
-    found, x = {}, torch.empty(0, device=device)
-    for group in cuda.groups(torch.device(device)):
-        took = _median(partial(cuda.barriers, BARRIERS, group, x), device)
-        where = f" of {group.blocks}" * (group.blocks > 1) + " in memory" * group.mailbox
-        found["barrier" + where] = took / BARRIERS
-    return found
-
-
-def _median(run: Callable[[], object], device: str) -> float:
-    seconds_of(run, 3, device)
-    return quartiles([seconds_of(run, 1, device) for _ in range(7)]).median
-
-
-class Runner:
-    """A contestant's training step on inputs that take turns.
-
-    Args:
-        setting: what is measured.
-        name: a key of benchmark.CONTESTANTS; a backend, perhaps with " plain" behind it, for our layer with it;
-            "compiled" for our layer with the reference behind torch.compile.
-    """
-
-    def __init__(self, setting: Setting, name: str) -> None:
-        backend = "reference" if name == "compiled" else name.removesuffix(" plain")
-        ours = backend in backends.BACKENDS
-        self._make = partial(Step, setting, f"sire_fast{' plain' * name.endswith(' plain')}" if ours else name)
-        self.step, self._compiled = self._make(), name == "compiled"
-        if self._compiled:
-            self.step.module = torch.compile(self.step.module)
-        self._inputs = [torch.randn_like(self.step.x).requires_grad_() for _ in range(INPUTS)]
-        self._forced = partial(backends.use, backend) if ours else nullcontext
-
-    def run(self, what: str) -> None:
-        """The "forward" alone, or the whole "step"."""
-        step = self.step
-        self._inputs.append(self._inputs.pop(0))
-        step.x = self._inputs[0]
-        with self._forced():
-            if what == "step":
-                step()
-            else:
-                step.forward(step.module, step.x, step.sampler, step.compare)
-
-    def peak_bytes(self) -> list[int]:
-        """By how much the device's memory grows in a step, at its peak; empty on a CPU and of a compiled step."""
-        if not self.step.x.is_cuda or self._compiled:
-            return []
-        fresh = self._make()  # a layer keeps the outputs of its last pass
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        with self._forced():
-            fresh()
-        return [torch.cuda.max_memory_allocated() - before]
-
-
-# name of a contestant -> what is measured of it in each round: seconds of "forward" and "step", bytes of "peak";
-# or why nothing is
-Measured = dict[str, dict[str, list[float]] | str]
-
-
-def measure(item: Item, names: Sequence[str], seconds: float = ITEM, rounds: int = ROUNDS) -> Measured:
-    """Time contestants in turns; a slow one takes part in the first rounds only, so that it does not take the others'
-    time."""
-    device, orders = item.setting.device, random.Random(0)
-    runners: dict[str, tuple[Runner, dict[str, float], dict[str, int]]] = {}
-    measured: Measured = {}
-    with arithmetic_of(item.arithmetic), warnings.catch_warnings():
-        # nobody differentiates forwards that are timed alone
-        warnings.filterwarnings("ignore", "sire_fast: a forward in training mode was dropped")
-        for name in names:
-            try:
-                runner = Runner(item.setting, name)
-                runner.run("step")
-                peak = runner.peak_bytes()
-                once = {what: seconds_of(partial(runner.run, what), 1, device) for what in ("forward", "step")}
-            except Exception as error:  # one that fails must not take the others' results with it
-                measured[name] = f"failed: {first_line(error)}"
-                continue
-            repeats = {what: max(1, min(100, round(AT_LEAST / took))) for what, took in once.items()}
-            runners[name] = runner, once, repeats
-            measured[name] = {"forward": [], "step": [], "peak": peak}
-        for n in range(rounds):
-            for name in orders.sample([*runners], len(runners)):
-                runner, once, repeats = runners[name]
-                if n >= FEWEST and (n + 1) * sum(once[w] * repeats[w] for w in once) > seconds / len(runners):
-                    continue
-                try:
-                    for what, repeat in repeats.items():
-                        measured[name][what].append(seconds_of(partial(runner.run, what), repeat, device))
-                except Exception as error:  # memory, say, which all share
-                    measured[name] = f"failed: {first_line(error)}"
-                    del runners[name]
-    return measured
+QUICK_ROUNDS = 2
+ALONE = 30.0  # seconds for all kinds of barriers, in a process of their own
 
 
 def reached(item: Item, found: Sequence[str], measured: Measured) -> list[dict[str, Any]]:

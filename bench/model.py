@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench import aot
-from bench.gpu import work
+from bench.gpu_time import work
 from bench.machine_code import Code, Instruction, Trips, disassembled
 from sire_fast.backends import cuda, gpu
 from sire_fast.cells import CELLS

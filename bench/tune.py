@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gpu import Item, first_line, kernels, measure, seconds_of
+from bench.gpu_plan import Item, kernels
+from bench.gpu_time import measure, seconds_of
 from bench.processes import answers, broken, workers
 from sire_fast import functional, swaps
 from sire_fast.backends import gpu
@@ -26,6 +27,7 @@ from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import Launch
 from sire_fast.lab.benchmark import Setting, quartiles
+from sire_fast.proof import first_line
 
 HIDDEN = (128, 256, 64, 512, 32, 1024)  # the most important first
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

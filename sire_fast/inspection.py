@@ -13,10 +13,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from sire_fast import backends, functional
 from sire_fast.layers import _MODE_CELLS, has_own_forward
-from sire_fast.ledger import warn
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Blocks
-from sire_fast.validation import check_lengths
+from sire_fast.validation import check_lengths, warn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

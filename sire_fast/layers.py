@@ -11,13 +11,13 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from sire_fast import backends, ops, passes
+from sire_fast import backends, graph, ops, passes
 from sire_fast import swaps as samplers
 from sire_fast.cells import CELLS, States
-from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Note, Weight, in_backward, runs_again, warn
+from sire_fast.ledger import WITHOUT_GRADIENT, Ledger, Note, Weight
 from sire_fast.passes import Compared, Network, Pairs
 from sire_fast.swaps import Adjacent, Sampler
-from sire_fast.validation import check_lengths, readable
+from sire_fast.validation import check_lengths, readable, warn
 
 _MODE_CELLS = {cell.mode: name for name, cell in CELLS.items()}
 COMPARES = ("end", "swap")
@@ -147,7 +147,7 @@ class _SwapLayer(nn.RNNBase):
             return output, last
         if self._ledger.watcher is None or torch.compiler.is_compiling():
             return self._with_variants(input, hx, lengths)
-        unseen = in_backward() or torch._C._are_functorch_transforms_active()
+        unseen = graph.in_backward() or graph.in_transform()
         note = None if unseen else self._watch(input, hx, lengths)
         output, last = self._plain(input, hx, lengths)
         if note:
@@ -232,7 +232,7 @@ class _SwapLayer(nn.RNNBase):
             return False
         if torch.is_grad_enabled():
             return True
-        if not torch.compiler.is_compiling() and runs_again() is not None:
+        if not torch.compiler.is_compiling() and graph.runs_again() is not None:
             return True
         self._ledger.skip(WITHOUT_GRADIENT)
         return False
@@ -307,7 +307,7 @@ class _SwapLayer(nn.RNNBase):
         """Warn once of sequences of one step, or of swaps that exchange nothing while none has exchanged anything."""
         if self._warned or torch.compiler.is_compiling() or (steps > 1 and self._exchanged):
             return
-        seen = torch._C._len_torch_dispatch_stack() > 0  # by a trace, perhaps, which cannot give a value
+        seen = graph.in_mode()  # by a trace, perhaps, which cannot give a value
         if steps > 1 and (seen or not readable(pairs)):
             return
         self._exchanged = steps > 1 and not torch.equal(pairs[..., 0], pairs[..., 1])

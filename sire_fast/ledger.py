@@ -11,14 +11,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import sys
 import threading
-import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,10 +23,10 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch.utils.checkpoint import CheckpointFunction
 
-from sire_fast import ops
+from sire_fast import graph, ops
 from sire_fast.cells import States
 from sire_fast.passes import Compared
-from sire_fast.validation import readable
+from sire_fast.validation import readable, warn
 
 _keys = itertools.count()
 
@@ -114,16 +111,16 @@ class Forward:
 
     def __init__(self, weights: list[Tensor], compared: Compared) -> None:
         self.mark = Mark()
-        self.weights, self.versions = weights, _versions(weights)
+        self.weights, self.versions = weights, graph.versions(weights)
         self.compared: Compared | None = compared
         self.frozen, self.read, self.in_loss = not compared.penalty.requires_grad, False, False
         self.node: Callable[[], Any] = lambda: None
 
     @property
     def over(self) -> bool:
-        if self.mark.differentiated or self.versions != _versions(self.weights):
+        if self.mark.differentiated or self.versions != graph.versions(self.weights):
             return True
-        return self.mark.in_part and not _kept(self.node())
+        return self.mark.in_part and not graph.kept(self.node())
 
     @property
     def held(self) -> bool:
@@ -166,7 +163,7 @@ class Note(Mark):
         if self.differentiated or self.node is None:
             return True
         node = self.node()
-        return node is not None and (not self.in_part or _kept(node))
+        return node is not None and (not self.in_part or graph.kept(node))
 
     def ends_with(self, output: Tensor) -> None:
         """Learn of a backward through what the forward returned, which leaves no trace in it."""
@@ -174,7 +171,7 @@ class Note(Mark):
         def differentiated(*_: Any) -> None:  # held by the graph alone
             self.differentiated = self.round.differentiated = True
 
-        if output.grad_fn is None or torch._C._are_functorch_transforms_active():
+        if output.grad_fn is None or graph.in_transform():
             differentiated()
         else:
             output.grad_fn.register_hook(differentiated)
@@ -188,7 +185,7 @@ class Round:
         self.differentiated = False
         self.notes: list[Note] = []
         self._swept = _FEW  # notes among which to look next for those that count no more
-        self._counted = _NONE, 0  # in which backward, and what
+        self._counted = graph.NO_BACKWARD, 0  # in which backward, and what
 
     def add(self, penalty: Tensor) -> Note:
         if len(self.notes) >= self._swept:
@@ -200,8 +197,8 @@ class Round:
     @property
     def count(self) -> int:
         """Variants of all forwards that count, in this backward."""
-        backward = torch._C._current_graph_task_id()
-        if backward == _NONE or self._counted[0] != backward:
+        backward = graph.this_backward()
+        if backward == graph.NO_BACKWARD or self._counted[0] != backward:
             counting = [n for n in self.notes if n.counts]
             for note in counting:
                 note.counted = True
@@ -325,8 +322,8 @@ class Ledger:
         through it ends the pass, and there the weight joins."""
         if torch.compiler.is_compiling():
             return self._trace(compared, output, last)
-        state, rerun = self._state, in_backward()
-        transformed = torch._C._are_functorch_transforms_active()
+        state, rerun = self._state, graph.in_backward()
+        transformed = graph.in_transform()
         state.told = _OVER
         if self._evaluated is not None:
             self._evaluated = _NONE
@@ -338,21 +335,21 @@ class Ledger:
                 warn(_NOT_TRAINED)
             note = self.note(compared.penalty)
             if not torch.is_grad_enabled():
-                again = runs_again()
+                again = graph.runs_again()
                 note.node = weakref.ref(again)
                 self._reruns.setdefault(again, Rerun(note.round)).variants += note.count
                 return output, last
             trained = [w for w in weights if w.requires_grad] or [compared.penalty]
-            sources = [node for t in trained if t.requires_grad for node in _behind(_node(t))]
+            sources = [node for t in trained if t.requires_grad for node in graph.behind(graph.node_of(t))]
             output, *last = _Give.apply(self, note, sources, compared.penalty, output, *last)
             note.node = (lambda: None) if output.grad_fn is None else weakref.ref(output.grad_fn)
             return output, tuple(last)
         if rerun or transformed:
-            while state.passing and _left(state.passing[0].penalty):
+            while state.passing and graph.left(state.passing[0].penalty):
                 state.passing.popleft()
             state.passing.append(compared)
             if rerun:
-                torch.autograd.Variable._execution_engine.queue_callback(state.clear)
+                graph.when_backward_ends(state.clear)
             return output, last
         if not torch.is_grad_enabled():
             state.hidden.append(compared)
@@ -362,7 +359,7 @@ class Ledger:
             output = ops.own_memory(output)
         sources = []  # of a backward that may be for the inputs alone; one weight tells enough
         if any(x.requires_grad for x in inputs):
-            sources = [_node(w) for w in [w for w in weights if w.requires_grad][:1]]
+            sources = [graph.node_of(w) for w in [w for w in weights if w.requires_grad][:1]]
         output, *last = _Give.apply(self, forward.mark, sources, None, output, *last)
         node: Any = output.grad_fn
         if node is not None:
@@ -383,8 +380,8 @@ class Ledger:
         """A forward, which counts in its round unless a backward runs it again."""
         state = self._state
         with state.lock:
-            if in_backward():
-                again = _function("backward")
+            if graph.in_backward():
+                again = graph.running("backward")
                 rerun = self._reruns.get(again) if again is not None else None
                 note = Note(penalty, rerun.round if rerun else state.round)
                 if rerun and torch.is_grad_enabled():
@@ -414,13 +411,13 @@ class Ledger:
         """Put away what the last run of a compiled function compares, before another takes its place."""
         earlier = (self._ran_by or self._state).earlier
         earlier += () if self._again else self.traced
-        self.traced, self._again = (), in_backward()
+        self.traced, self._again = (), graph.in_backward()
         if self._again:
             return
         self._ran_by = self._state
         trained = [c for c in earlier if c.penalty.requires_grad]  # not by a frozen layer
-        self._passed([_mark(c) for c in trained if _freed(c.penalty)], over=True)
-        earlier[:] = [c for c in trained if not _freed(c.penalty)]
+        self._passed([_mark(c) for c in trained if graph.freed(c.penalty)], over=True)
+        earlier[:] = [c for c in trained if not graph.freed(c.penalty)]
         if len(earlier) > _HELD:
             del earlier[:-_HELD]
             warn(_DROPPED)
@@ -437,19 +434,15 @@ class Ledger:
 
     def look_for_training(self, parameters: Iterator[Tensor], results: list[Tensor]) -> None:
         """Tell once where a forward in evaluation mode, of these results, is one step of a training."""
-        if self._evaluated is None or self.watcher is not None or torch._C._are_functorch_transforms_active():
+        if self._evaluated is None or self.watcher is not None or graph.in_transform():
             return
         parameter = next((p for p in parameters if p.requires_grad), None)
         if parameter is None:
             return
-        node, version = _node(parameter), parameter._version
+        node, version = graph.node_of(parameter), parameter._version
 
         def passed(*_: Any) -> None:
-            try:
-                reached = torch._C._will_engine_execute_node(node)
-            except RuntimeError:  # in torch.autograd.grad
-                return
-            if self._evaluated is None or not reached:
+            if self._evaluated is None or not graph.reached([node]):
                 return
             if self._evaluated in (_NONE, version):
                 self._evaluated = version
@@ -476,20 +469,20 @@ class Ledger:
             return [(c._replace(penalty=alone(c.penalty, self.key)), None) for c in self.traced]
         state = self._state
         for passing, now in (
-            (state.passing, in_backward() or torch._C._are_functorch_transforms_active()),
+            (state.passing, graph.in_backward() or graph.in_transform()),
             (state.hidden, not torch.is_grad_enabled()),
         ):
             if passing and now:
-                found: list[tuple[Compared, Mark | None]] = [(c, None) for c in passing if not _left(c.penalty)]
+                found: list[tuple[Compared, Mark | None]] = [(c, None) for c in passing if not graph.left(c.penalty)]
                 passing.clear()
                 return found
         if state.hidden:
             state.clear()
             raise RuntimeError(f"penalty: {_REENTRANT}")
-        if self._again and in_backward():
+        if self._again and graph.in_backward():
             return [(c, None) for c in self.traced]
         last = self.traced if self._ran_by is state and not self._again else ()
-        traced = [c for c in (*state.earlier, *last) if not _freed(c.penalty)]
+        traced = [c for c in (*state.earlier, *last) if not graph.freed(c.penalty)]
         each: list[tuple[Compared, Mark | None]] = [(c, _mark(c)) for c in traced]
         forwards = [f for f in state.forwards if not f.over]
         held = [f for f in forwards if f.held]
@@ -508,7 +501,7 @@ class Ledger:
     def tell_if_not_alone(self) -> None:
         """Tell of forwards that a compiled function, which reads the penalty, cannot count."""
         state = self._state
-        if any(f.held and not f.over for f in state.forwards) or not all(_freed(c.penalty) for c in state.earlier):
+        if any(f.held and not f.over for f in state.forwards) or not all(graph.freed(c.penalty) for c in state.earlier):
             warn(_OTHERS)
 
     def joined(self) -> Tensor | None:
@@ -562,79 +555,9 @@ def _let_go(forwards: list[Forward], all_of_them: bool) -> None:
             warn(_DROPPED)
 
 
-def _versions(weights: list[Tensor]) -> list[int]:
-    """Of each, which changes with it; those of torch.inference_mode() have none."""
-    return [0 if w.is_inference() else w._version for w in weights]
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def runs_again() -> Any:
-    """The node of a custom function of autograd whose forward this is, without gradients, and which a backward runs
-    again with them, as a checkpoint with use_reentrant=True does; None if there is none."""
-    return _function("forward")
-
-
-def _function(method: str) -> Any:
-    """The node of the custom function of autograd whose method runs; if one runs in another, of the outermost."""
-    frame: FrameType | None = sys._getframe(1)
-    outermost = None
-    while frame is not None:
-        if frame.f_code.co_name == method:
-            node = frame.f_locals.get(frame.f_code.co_varnames[0]) if frame.f_code.co_argcount else None
-            if isinstance(node, torch.autograd.function.FunctionCtx):
-                outermost = node
-        frame = frame.f_back
-    return outermost
-
-
-def warn(message: str) -> None:
-    """Warn at the line of the program that has called a layer."""
-    frame, level = sys._getframe(1), 3
-    while frame.f_back and frame.f_back.f_globals.get("__name__", "").partition(".")[0] in ("sire_fast", "torch"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(f"sire_fast: {message}", stacklevel=level)
-
-
-def _left(tensor: Tensor) -> bool:
-    """Whether a tensor is of a torch.func.grad that is over."""
-    return torch._C._functorch.maybe_get_level(tensor) == -2
-
-
 def _mark(compared: Compared) -> Mark:
     """That of a forward in a compiled function, which the tensor that it returned holds."""
     return vars(compared.penalty).setdefault("sire_fast_mark", Mark())
-
-
-def _freed(tensor: Tensor) -> bool:
-    """Whether a backward has freed the graph of a tensor that a compiled function returned."""
-    return _holds(_behind(tensor.grad_fn)) is False
-
-
-def _kept(node: Any) -> bool:
-    """Whether the graph of what a forward returned, given its last node, is there and was not freed."""
-    return node is not None and _holds([node]) is True
-
-
-def _holds(nodes: Iterable[Any]) -> bool | None:
-    """Whether the first of the nodes that can tell holds what its backward needs; None if none can."""
-    for node in nodes:
-        if hasattr(type(node), "_raw_saved_tensors"):
-            try:
-                return node._raw_saved_tensors is not None
-            except RuntimeError:
-                return False
-    return None
-
-
-def _behind(node: Any) -> Iterator[Any]:
-    """A node of the graph, if it is one, and those that a backward comes to after it, the first 64."""
-    nodes = [] if node is None else [node]
-    for one in nodes:
-        yield one
-        nodes += [n for n, _ in one.next_functions if n is not None][: 64 - len(nodes)]
 
 
 # ---------------------------------------------------------------- what a layer returns
@@ -655,7 +578,7 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        joined, reached = None, _reached(ctx.sources)
+        joined, reached = None, graph.reached(ctx.sources)
         if ctx.ledger.joins and _joins_now(ctx.mark, reached, ctx.sources):
             joined = ctx.ledger.share(ctx.mark, ctx.like).expand(ctx.shape)
         if reached is None or reached or not ctx.sources:
@@ -667,22 +590,6 @@ class _Give(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         return tangents[4:]
-
-
-def _node(weight: Tensor) -> Any:
-    """At which the gradient of a weight arrives."""
-    if weight.grad_fn is not None:
-        return weight.grad_fn
-    view: Any = weight.view_as(weight).grad_fn
-    return view.next_functions[0][0]
-
-
-def _reached(sources: list[Any]) -> set[int] | None:
-    """The numbers of nodes that this backward comes to; None in a torch.autograd.grad that asks for the weights."""
-    try:
-        return {n for n, node in enumerate(sources) if torch._C._will_engine_execute_node(node)}
-    except RuntimeError:  # which is how the engine says so of a leaf
-        return None
 
 
 def _gone(gradient: Tensor | None) -> bool:
@@ -759,7 +666,7 @@ class _GiveTraced(torch.autograd.Function):
 @torch.library.impl("sire_fast::note", "CompositeExplicitAutograd")
 def _note(penalty: Tensor, ledger: int, frozen: bool) -> Tensor:
     written = _ledgers[ledger]
-    if in_backward() and isinstance(_function("backward"), CheckpointFunction._backward_cls):
+    if graph.in_backward() and isinstance(graph.running("backward"), CheckpointFunction._backward_cls):
         raise RuntimeError(f"sire_fast: {_COMPILED_AGAIN}")
     written.traced = ()  # which would hold the note of the last run
     note = written.note(penalty)
@@ -769,7 +676,7 @@ def _note(penalty: Tensor, ledger: int, frozen: bool) -> Tensor:
     key = torch.tensor(note.key)
     if frozen:
         note.node = lambda: None
-    elif torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # else a checkpoint, say, keeps it not
+    elif not graph.is_kept_by_others():
         note.node = weakref.ref(key)
     return key
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sire_fast import validation
+from sire_fast import graph, validation
 from sire_fast.backends import KERNELS
 from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS
@@ -54,7 +54,7 @@ def swap_rnn(
     penalty comes in the dtype `result`."""
     dtype, computed = x.dtype, KERNELS[backend].computed_in(x.dtype)
     tensors: tuple[Tensor | None, ...] = (x, w_ih, b_ih, w_hh, b_hh, h0, c0)
-    transformed = torch._C._are_functorch_transforms_active()  # then a tensor does not tell what the one below it wants
+    transformed = graph.in_transform()  # then a tensor does not tell what the one below it wants
     train = torch.is_grad_enabled() and (transformed or any(t is not None and t.requires_grad for t in tensors))
     if computed != dtype:
         tensors = tuple(t if t is None else t.to(computed) for t in tensors)
@@ -83,7 +83,7 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 
 def _unseen(*tensors: Tensor | None) -> bool:
     """Whether no trace, mode or wrapper of tensors wants to see the operators: without them a call is 60 us shorter."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or graph.in_mode():
         return False
     return _PLAIN.issuperset(map(type, tensors))
 
@@ -213,7 +213,7 @@ class _SwapRNN(torch.autograd.Function):
             h = _below_autograd(*ctx.settings, *inputs, 0, False)[0]
         grads = grads[:_DIFFERENTIABLE]
         arguments = (*ctx.settings, needs, *grads, *inputs, h, cells, gates, spans)
-        if torch._C._are_functorch_transforms_active():
+        if graph.in_transform():
             computed = _Backward.apply(*arguments)
         elif torch._C._dispatch_tls_is_dispatch_key_included("VmapMode"):
             raise NotImplementedError(

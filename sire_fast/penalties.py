@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from sire_fast import ops
 from sire_fast.layers import _SwapLayer
-from sire_fast.ledger import warn
 from sire_fast.passes import Compared
 from sire_fast.reference import squared_distance, with_variants
 from sire_fast.swaps import Sampler, draw
-from sire_fast.validation import check_lengths, check_swaps, readable
+from sire_fast.validation import check_lengths, check_swaps, readable, warn
 
 
 def penalty(model: nn.Module, through: Callable[[Tensor], Tensor] | None = None, state: str = "output") -> Tensor:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import sire_fast
-from sire_fast import backends, functional, reference, swaps
+from sire_fast import backends, functional, graph, reference, swaps
 from sire_fast.backends import cpu, gpu
 from sire_fast.backends.gpu import name_of
 from sire_fast.cells import CELLS
@@ -213,7 +213,7 @@ def failures(backend: str, *, cell: str, dtype: torch.dtype, device: torch.devic
     if key not in _known:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return []  # nothing else may run now, and a graph's first run has been asked for before
-        if torch._C._current_graph_task_id() != -1:
+        if graph.in_backward():
             return []  # in a backward, whose thread the one of the trial would wait for
         file = _remembered(*key)
         found = [] if file.exists() else _tried(backend, cell, dtype, torch.device(device), hidden_size)

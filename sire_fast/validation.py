@@ -1,11 +1,15 @@
 """What the arguments of a pass have to be, and which of them can be looked at: asked by the operator, every kernel, the
-layers and the samplers alike."""
+layers and the samplers alike; and where a caller is warned."""
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 import torch
 from torch import Tensor
 
+from sire_fast import graph
 from sire_fast.cells import CELLS
 
 
@@ -146,7 +150,7 @@ def check_positions(steps: int, swaps: Tensor, ends: Tensor, lengths: Tensor) ->
 def has_values(*tensors: Tensor) -> bool:
     """Whether tensors have values that can be read, and none is a stand-in of a trace (a fake tensor, say) or of a
     transform of torch.func."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or graph.in_transform():
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_meta for t in tensors)
 
@@ -154,3 +158,11 @@ def has_values(*tensors: Tensor) -> bool:
 def readable(positions: Tensor) -> bool:
     """Whether positions can be looked at without making the host wait for a device."""
     return positions.device.type == "cpu" and has_values(positions)
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the program that has called a layer."""
+    frame, level = sys._getframe(1), 3
+    while frame.f_back and frame.f_back.f_globals.get("__name__", "").partition(".")[0] in ("sire_fast", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"sire_fast: {message}", stacklevel=level)

@@ -19,8 +19,12 @@ import cuda_on_host
 import pytest
 import torch
 from filelock import FileLock
+from stand_ins import KINDS
+from torch import nn
 
+import sire_fast
 from sire_fast.backends import cpu
+from sire_fast.swaps import Adjacent
 
 # a shell that starts tests in the background lets them, and all that they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,7 +35,7 @@ if sys.platform == "linux":  # where there is Triton
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
-    import sire_fast.kernels.launch  # noqa: F401
+    import sire_fast.kernels.launch
 
     del os.environ["TRITON_INTERPRET"]
     _dot = InterpreterBuilder.create_dot
@@ -122,3 +126,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if cpu.MISSING:
         why = "pip install --verbose --editable . tells why it was not built"
         raise pytest.UsageError(f"the tests need the compiled extension: {cpu.MISSING}; {why}")
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> type[nn.RNNBase]:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def layer() -> sire_fast.GRU:
+    return sire_fast.GRU(3, 4, swaps=Adjacent("all"), compare="end").double()

@@ -19,9 +19,9 @@ import cuda_on_host
 import pytest
 import torch
 
-from bench import gpu, gpu_check, processes, tune
-from bench.gpu import Goal, Item
+from bench import gpu, gpu_check, gpu_time, processes, tune
 from bench.gpu_check import Checked
+from bench.gpu_plan import Goal, Item
 from bench.processes import Lost
 from sire_fast import functional, swaps
 from sire_fast.backends.gpu import plan
@@ -231,9 +231,9 @@ def test_what_does_not_answer_is_skipped_and_what_dies_is_wrong(lost, correct, t
 
 def test_one_that_fails_does_not_take_the_others_along(monkeypatch):
     monkeypatch.setitem(CONTESTANTS, "shared", CONTESTANTS["shared"]._replace(forward=lambda *_: 1 / 0))
-    measured = gpu.measure(Item(TINY, "float32", ()), ["plain", "shared", "reference"], seconds=0, rounds=5)
+    measured = gpu_time.measure(Item(TINY, "float32", ()), ["plain", "shared", "reference"], seconds=0, rounds=5)
     assert measured["shared"] == "failed: ZeroDivisionError: division by zero"
-    assert len(measured["plain"]["step"]) == len(measured["reference"]["forward"]) == gpu.FEWEST
+    assert len(measured["plain"]["step"]) == len(measured["reference"]["forward"]) == gpu_time.FEWEST
 
 
 def test_the_floor_by_hand():
@@ -243,11 +243,11 @@ def test_the_floor_by_hand():
     x, weights, states, output = 3 * 2 * 5, 16 * (5 + 4 + 2), (6 + 8) * 4 * 2, 3 * 2 * 4
     forward = 2 * (x + weights + states)
     step = forward + 2 * (x + weights + states + output + x + weights)
-    assert gpu.work(setting, True) == (flops, forward, 3 * flops, step)
-    assert gpu.work(setting, False)[:2] == (2 * 4 * 4 * (5 * 6 + 4 * 6), 2 * (x + weights + 6 * 4 * 2))
-    assert gpu.work(setting, True).floor(flops, 1e9, 0) == {"forward": 1, "step": 3}
-    assert gpu.work(setting, True).floor(1e9, forward, 0)["forward"] == 1
-    assert gpu.work(setting, True).floor(1e9, 1e9, 2) == {"forward": 2, "step": 4}
+    assert gpu_time.work(setting, True) == (flops, forward, 3 * flops, step)
+    assert gpu_time.work(setting, False)[:2] == (2 * 4 * 4 * (5 * 6 + 4 * 6), 2 * (x + weights + 6 * 4 * 2))
+    assert gpu_time.work(setting, True).floor(flops, 1e9, 0) == {"forward": 1, "step": 3}
+    assert gpu_time.work(setting, True).floor(1e9, forward, 0)["forward"] == 1
+    assert gpu_time.work(setting, True).floor(1e9, 1e9, 2) == {"forward": 2, "step": 4}
 
 
 @pytest.fixture
@@ -295,8 +295,8 @@ def test_a_launch_that_does_not_compile_is_out(small, monkeypatch):
 @pytest.mark.parametrize("backend", ["cuda"])
 def test_barriers_are_timed(backend, monkeypatch, host_build):
     cuda_on_host.use(host_build, 16, monkeypatch.setattr)
-    monkeypatch.setattr(gpu, "BARRIERS", 2)
-    found = gpu.barriers("cpu")
+    monkeypatch.setattr(gpu_time, "BARRIERS", 2)
+    found = gpu_time.barriers("cpu")
     assert {*found} == {
         "barrier", "barrier of 2", "barrier of 4", "barrier of 8", "barrier of 16",
         "barrier of 2 in memory", "barrier of 16 in memory"
@@ -399,7 +399,7 @@ def test_a_broken_context_ends_the_timing_not_the_report(tmp_path, monkeypatch, 
 
 def test_what_a_kernel_raises_at_the_size_that_is_timed_is_a_failure(monkeypatch):
     """It was checked with fewer steps."""
-    monkeypatch.setattr(gpu.Runner, "run", lambda *_: 1 / 0)
+    monkeypatch.setattr(gpu_time.Runner, "run", lambda *_: 1 / 0)
     item = Item(TINY, "float32", ("kernel", "plain"))
     checked = gpu.prepare(item, "cpu", True)
     assert checked.failures == [f"cpu {item}: ZeroDivisionError: division by zero"]

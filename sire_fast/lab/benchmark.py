@@ -102,20 +102,25 @@ class Setting:
         """Of the cell in CELLS."""
         return _KEYS[self.cell]
 
+    def spans(self, pairs: Tensor) -> Tensor:
+        """Steps of each variant, (n,), of pairs (B, K, 2), from its first position to where it is compared. One that
+        exchanges nothing is not run."""
+        i, j = pairs.unbind(-1)
+        return ((j if self.compare == "swap" else self.T - 1) - i + 1)[i < j]
+
     def operations(self, pairs: Tensor | None = None) -> int:
         """Floating-point operations of the layer's forward; as many again for each of two gradients, of an input that
         needs one and of the weights.
 
         A variant shares its original's prefix, and the product of its first step: it adds a row for each step behind
-        that one. One that exchanges nothing is not run.
+        that one.
 
         Args:
             pairs: (B, K, 2), None without swaps.
         """
         rows = products = self.T * self.B
         if pairs is not None:
-            i, j = pairs.unbind(-1)
-            products += int(((j if self.compare == "swap" else self.T - 1) - i)[i < j].sum())
+            products += int((self.spans(pairs) - 1).sum())
         return 2 * CELLS[self.key].gates * self.H * (rows * self.I + products * self.H)
 
     def __str__(self) -> str:
