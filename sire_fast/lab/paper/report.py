@@ -151,15 +151,16 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             "largest": f"{row['largest_change']:.2g}",
             "parameters": str(row["parameters"]),
             "steps": f"{row['step']['mean']:.0f}" + ", diverged" * ("diverged" in row),
-            "seconds": f"{row['seconds']['mean']:.1f}",
+            "seconds": _number(row["seconds"], 1),  # whose spread tells how busy the machine was
         }
         made.setdefault(title, [list(cells)]).append(list(cells.values()))
     return list(made.items())
 
 
-def _number(value: dict[str, Any]) -> str:
+def _number(value: dict[str, Any], digits: int | None = None) -> str:
     mean, sd = value["mean"], value["sd"]
-    digits = 3 if mean < 10 else 1 if mean < 100 else 0
+    if digits is None:
+        digits = 3 if mean < 10 else 1 if mean < 100 else 0
     return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
 
 
