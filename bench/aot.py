@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +34,7 @@ from sire_fast.backends.cuda import Chip
 from sire_fast.cells import CELLS
 from sire_fast.kernels import launch as launches
 from sire_fast.kernels.launch import SHARED_MEMORY, Launch
-from sire_fast.lab.workers import end_with_parent
+from sire_fast.lab.workers import pool
 from sire_fast.proof import TRAINING, first_line
 from sire_fast.reference import SwapRNN
 
@@ -202,8 +200,8 @@ def done_all(work: Callable[[Job], Any], todo: Sequence[Job], processes: int | N
     """What comes of each job, or, as text, of what it dies. In processes of their own for each capability: within one,
     Triton keeps to the first that it compiles for."""
     for _, alike in itertools.groupby(todo, lambda job: job.capability):
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
-            yield from pool.map(partial(_done_or_not, work), alike)
+        with pool(processes) as workers:
+            yield from workers.map(partial(_done_or_not, work), alike)
 
 
 def _compiled(options: argparse.Namespace) -> Iterator[tuple[str, int, int, list[Usage] | str]]:

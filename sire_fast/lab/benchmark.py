@@ -13,7 +13,6 @@ machine disturbs all of them, and `ratio` compares them round by round.
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import platform
 import random
@@ -24,7 +23,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,7 +37,7 @@ import sire_fast
 from sire_fast import swaps
 from sire_fast.backends import cpu, gpu
 from sire_fast.cells import CELLS, Cell, States
-from sire_fast.lab.workers import end_with_parent
+from sire_fast.lab.workers import pool
 from sire_fast.layers import COMPARES
 from sire_fast.reference import with_variants
 from sire_fast.swaps import Sampler
@@ -578,7 +576,7 @@ def ratio(seconds: Mapping[str, list[float]], name: str, *against: str) -> Quart
 def peak_memory(setting: Setting, name: str) -> int | None:
     """By how many bytes the memory of a fresh process grows, at its peak, in one step of a contestant: resident memory
     on the CPU, torch's on a GPU. None where the system does not tell (it is Linux that does)."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as process:
+    with pool(1) as process:
         return process.submit(_peak_growth, setting, name, torch.get_num_threads()).result()
 
 

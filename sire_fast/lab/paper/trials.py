@@ -9,11 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import math
-import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from sire_fast.lab.paper import data
 from sire_fast.lab.paper.problems import Classes, LocalImages, Sequences
 from sire_fast.lab.tasks import TASKS
 from sire_fast.lab.train import CLIP, too_short_to_swap
-from sire_fast.lab.workers import end_with_parent
+from sire_fast.lab.workers import pool
 from sire_fast.schedules import AdaptiveSwaps
 from sire_fast.swaps import Sampler
 
@@ -351,24 +350,22 @@ def run_all(trials: Sequence[tuple[Path, Trial]], workers: int, finished: Callab
             _run_into(path, trial)
             finished()
         return
-    context = multiprocessing.get_context("spawn")
     # joblib would be no shorter: its workers know as little of Ctrl-C, threads and trials
-    with ProcessPoolExecutor(workers, context, initializer=_worker) as pool:
-        futures = [pool.submit(_run_into, path, trial) for path, trial in waiting]
+    with pool(workers, _worker) as running:
+        futures = [running.submit(_run_into, path, trial) for path, trial in waiting]
         try:
             for future in as_completed(futures):
                 future.result()
                 finished()
         except BaseException:
-            for process in list(pool._processes.values()):
+            for process in list(running._processes.values()):
                 process.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
+            running.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends the others
-    end_with_parent()
     torch.set_num_threads(1)
 
 
